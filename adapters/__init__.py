@@ -1,0 +1,1 @@
+"""Adapts any Hugging Face model by training a few extra tensors."""
