@@ -1,0 +1,160 @@
+"""Where an adapter's tensors live: `module.adapters[slot]`, a module that is called with a site's input and output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapters._attach.factored import Factored
+from adapters._attach.lowrank import add_lowrank
+from adapters._attach.state import take_tap
+from adapters._attach.weights import BaseWeight
+from adapters._contract import Key, KeyValueMethod, Method, Site, StreamMethod, StreamSite, WeightMethod, WeightSite
+from adapters._errors import AdapterError
+
+CHILD = "adapters"
+
+
+class Container(nn.ModuleDict):
+    """The child `adapters` of an adapted module; its entries are named by slot."""
+
+    is_adapter_container = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Has no tensors of its own."""
+
+
+class Entry(nn.Module):
+    """One adapter's tensors at one site. Entries missing from a base's state dict are not an error of that dict."""
+
+    def __init__(self, method: Method, site: Site | str, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.method, self.site = method, site
+        for name, tensor in tensors.items():
+            if hasattr(self, name) or "." in name or not name:
+                raise AdapterError(f"method {method.name!r} cannot call a tensor {name!r}: the name is taken.")
+            self.register_parameter(name, nn.Parameter(tensor))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return cast(dict[str, Tensor], self._parameters)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if any(prefix + name in state_dict for name in self._parameters):
+            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+
+class CalledWeight(Entry):
+    """The change of a weight whose module is called: adds the method's delta to the module's output."""
+
+    def __init__(
+        self, method: WeightMethod, site: WeightSite, tensors: Mapping[str, Tensor], w: BaseWeight, fresh: bool
+    ) -> None:
+        super().__init__(method, site, tensors)
+        self.w, self.fresh = w, fresh
+        self.dropout = float(getattr(method, "dropout", 0.0))
+
+    def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        method, p = cast(WeightMethod, self.method), self.tensors()
+        low = method.factors(p)
+        if low is not None:
+            return add_lowrank(y, x, low, self.fresh)
+        # without a low-rank shortcut the delta is the difference of two near weights: computed in the tensors' dtype
+        return y + method.delta(x.to(_dtype(p)), y, self.w, p).to(y.dtype)
+
+
+class ReadWeight(Entry):
+    """The change of a weight that other code reads: stands in for the parameter while the adapter acts."""
+
+    def __init__(
+        self, method: WeightMethod, site: WeightSite, tensors: Mapping[str, Tensor], w: BaseWeight
+    ) -> None:
+        super().__init__(method, site, tensors)
+        self.w = w
+
+    def forward(self, stored: Tensor | Factored) -> Tensor | Factored:
+        method, p, transposed = cast(WeightMethod, self.method), self.tensors(), self.w.transposed
+        low = method.factors(p)
+        if low is not None and isinstance(stored, Tensor):
+            left, right = (low.right.mT, low.left.mT) if transposed else (low.left, low.right)
+            return Factored(stored, left.to(stored.dtype), right.to(stored.dtype), low.scale)
+        dense = stored.dense("a second adapter") if isinstance(stored, Factored) else stored
+        changed = method.weight(dense.mT if transposed else dense, p)
+        return (changed.mT if transposed else changed).to(dense.dtype)
+
+
+class Stream(Entry):
+    """The change of a branch's output before it is added to the residual stream."""
+
+    def __init__(
+        self, method: StreamMethod, site: StreamSite, tensors: Mapping[str, Tensor], tap: nn.Module | None
+    ) -> None:
+        super().__init__(method, site, tensors)
+        self.__dict__["tap"] = tap  # not a child: it belongs to the base
+
+    def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        site, method, p = cast(StreamSite, self.site), cast(StreamMethod, self.method), self.tensors()
+        y: Tensor = output if site.output is None else output[site.output]
+        x = self._input(site, args, kwargs) if method.reads_input() else None
+        dtype = y.dtype
+        x, seen = (None if x is None else _last(x, site.axis)), _last(y, site.axis)
+        if x is not None and x.shape != seen.shape:
+            x = x.reshape(seen.shape)
+        cast_p = {name: tensor.to(dtype) for name, tensor in p.items()}
+        changed = method.stream(x, seen, cast_p).to(dtype)
+        return _put(output, site.output, changed if site.axis == -1 else changed.movedim(-1, site.axis))
+
+    def _input(self, site: StreamSite, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        if site.input is not None:
+            found = args[site.input] if isinstance(site.input, int) and site.input < len(args) else kwargs.get(site.input)  # type: ignore[arg-type]
+        else:
+            found = take_tap(self.__dict__["tap"])
+        if not isinstance(found, Tensor):
+            raise AdapterError(f"the input of the branch at {site.path} did not reach it in this forward.")
+        return found
+
+
+class KeyValue(Entry):
+    """Keys and values that the attention interface prepends; never called by the module that holds it."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return cast(KeyValueMethod, self.method).prefix(self.tensors())
+
+
+class Replica(nn.Module):
+    """A trained copy of a head: while its adapter acts it answers in the head's place."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
+        return self.head(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Has no tensors of its own."""
+
+
+def _dtype(p: Mapping[str, Tensor]) -> torch.dtype:
+    return next(iter(p.values())).dtype
+
+
+def _last(value: Tensor, axis: int) -> Tensor:
+    return value if axis == -1 else value.movedim(axis, -1)
+
+
+def _put(output: Any, key: Key, changed: Tensor) -> Any:
+    """`output` with the element at `key` exchanged; containers keep their type."""
+    if key is None:
+        return changed
+    if isinstance(output, tuple):
+        items = [changed if i == key else item for i, item in enumerate(output)]
+        return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
+    output[key] = changed
+    return output

@@ -1,0 +1,168 @@
+"""Changes what a module does by changing its class, and nothing else: parameters, keys and identity stay.
+
+Each adapted module gets a cached subclass of its own class. An override of `__call__` runs after everything that
+others hang on `forward` (accelerate's instance-level forward, hooks), and is seen by torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from adapters._attach.container import CHILD, Container
+from adapters._attach.state import STATE, State, carrying, holding, put_tap, selection
+
+BASE = "_adapter_base_class"
+ENTER = "enter"  # faces: what a subclass adds
+CALL = "call"
+TAP = "tap"
+CHECKPOINT = "checkpoint"
+HOLD = "hold"  # holds tensors that others use
+READ = "read:"  # followed by a parameter's name
+
+save_attached: Callable[[nn.Module, str], None] | None = None  # set by the store, which is imported after this
+before_forward: list[Callable[[nn.Module, State, tuple[Any, ...], dict[str, Any]], Mapping[str, Any]]] = []
+
+
+@cache
+def adapted_class(base: type[nn.Module], faces: frozenset[str]) -> type[nn.Module]:
+    """The subclass of `base` with these faces. It keeps the base's name and module, so reprs and configs agree."""
+    space: dict[str, Any] = {
+        BASE: base,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": lambda self, protocol: (_restore, (base, faces), self.__dict__),
+    }
+    if CALL in faces or TAP in faces:
+        space["__call__"] = _site_call(base, TAP in faces)
+    if ENTER in faces:
+        space["__call__"] = _root_call(space.get("__call__", base.__call__))
+        if hasattr(base, "generate"):
+            space["generate"] = _root_generate(base.generate)
+        if hasattr(base, "save_pretrained"):
+            space["save_pretrained"] = _save_pretrained
+    if CHECKPOINT in faces:
+        space["_gradient_checkpointing_func"] = property(_get_checkpointing, _set_checkpointing)
+    for face in faces:
+        if face.startswith(READ):
+            space[face.removeprefix(READ)] = property(_reader(face.removeprefix(READ)))
+    return type(base.__name__, (base,), space)
+
+
+def _restore(base: type[nn.Module], faces: frozenset[str]) -> nn.Module:
+    """Pickle finds classes by name; a swapped one is made again from its base."""
+    cls = adapted_class(base, faces)
+    return cls.__new__(cls)
+
+
+def add_faces(module: nn.Module, state: State, *faces: str) -> None:
+    """Gives `module` further faces; its own class stays reachable."""
+    base = base_class(module)
+    have = module.__dict__.get("_adapter_faces", frozenset())
+    module.__dict__[STATE] = state
+    module.__dict__["_adapter_faces"] = have | frozenset(faces)
+    module.__class__ = adapted_class(base, module.__dict__["_adapter_faces"])
+
+
+def strip(module: nn.Module) -> None:
+    """Gives a module its own class back and takes everything away that attaching put there."""
+    module.__class__ = base_class(module)
+    for key in (STATE, "_adapter_faces"):
+        module.__dict__.pop(key, None)
+    if isinstance(module._modules.get(CHILD), Container):
+        del module._modules[CHILD]
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    found: type[nn.Module] = getattr(type(module), BASE, type(module))
+    return found
+
+
+def _site_call(base: type[nn.Module], tapped: bool) -> Callable[..., Any]:
+    base_call = base.__call__
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        y = base_call(self, *args, **kwargs)
+        acting = selection(self.__dict__[STATE])
+        if not acting:
+            return y
+        if tapped:
+            put_tap(self, args[0] if args else next(iter(kwargs.values())))
+        held = self._modules.get(CHILD)
+        if held is not None:
+            for adapter in acting:
+                entry = held._modules.get(adapter.slot)
+                if entry is not None:
+                    y = entry(args, kwargs, y)
+        return y
+
+    return __call__
+
+
+def _root_call(inner: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state: State = self.__dict__[STATE]
+        acting = selection(state)
+        with holding(state, acting):
+            for prepare in before_forward if acting else ():
+                kwargs.update(prepare(self, state, args, kwargs))
+            return inner(self, *args, **kwargs)
+
+    return __call__
+
+
+def _root_generate(inner: Callable[..., Any]) -> Callable[..., Any]:
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state: State = self.__dict__[STATE]
+        with holding(state, selection(state)):
+            return inner(self, *args, **kwargs)
+
+    generate.__doc__ = inner.__doc__
+    return generate
+
+
+def _save_pretrained(self: nn.Module, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    """Writes the attached adapters only; `adapters.detach` first, or `adapters.merge`, to save the whole model."""
+    assert save_attached is not None, "adapters._store is imported together with every public function"
+    if kwargs.get("is_main_process", True):
+        save_attached(self, str(save_directory))
+
+
+def _reader(parameter: str) -> Callable[[nn.Module], Any]:
+    def read(self: nn.Module) -> Any:
+        stored: Any = self._parameters[parameter]
+        held = self._modules.get(CHILD)
+        if held is not None:
+            for adapter in selection(self.__dict__[STATE]):
+                entry = held._modules.get(f"{adapter.slot}-{parameter}")
+                if entry is not None:
+                    stored = entry(stored)
+        return stored
+
+    return read
+
+
+def _get_checkpointing(self: nn.Module) -> Callable[..., Any]:
+    """The checkpoint function, carrying the selection into the recomputation, whoever sets it and whenever."""
+    state: State = self.__dict__[STATE]
+    try:
+        raw = self.__dict__["_gradient_checkpointing_func"]
+    except KeyError:
+        raise AttributeError("_gradient_checkpointing_func") from None
+
+    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return raw(carrying(function, state, selection(state)), *args, **kwargs)
+
+    return checkpoint
+
+
+def _set_checkpointing(self: nn.Module, function: Callable[..., Any]) -> None:
+    self.__dict__["_gradient_checkpointing_func"] = function
+
+
+def is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)

@@ -1,0 +1,56 @@
+"""Reads a base weight in the contract's orientation, whatever it is stored as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapters._contract import WeightSite
+from adapters._quantize import dequantize, is_quantized
+
+
+@dataclass(frozen=True)
+class BaseWeight:
+    """The weight handle that methods receive: nothing is dequantised or copied before `dense` is called."""
+
+    owner: nn.Module
+    parameter: str
+    shape: tuple[int, ...]
+    stored_transposed: bool
+
+    @property
+    def stored(self) -> nn.Parameter:
+        found = self.owner._parameters[self.parameter]
+        assert found is not None
+        return found
+
+    @property
+    def transposed(self) -> bool:
+        # a Conv1D that was quantised in place holds its weight as (n_out, n_in)
+        return self.stored_transposed and not is_quantized(self.stored)
+
+    def dense(self) -> Tensor:
+        stored = self.stored
+        if is_quantized(stored):
+            return dequantize(stored)
+        return stored.mT if self.transposed else stored
+
+
+def base_weight(model: nn.Module, site: WeightSite) -> BaseWeight:
+    """The handle of a site's weight."""
+    return BaseWeight(model.get_submodule(site.owner), site.parameter, site.shape, site.transposed)
+
+
+def read_weight(model: nn.Module, path: str) -> Tensor:
+    """A base parameter by path as a dense tensor, in the orientation in which it is stored; nf4 is dequantised."""
+    owner, _, name = path.rpartition(".")
+    stored = model.get_submodule(owner)._parameters[name]
+    if stored is None:
+        raise KeyError(path)
+    return dequantize(stored) if is_quantized(stored) else stored.detach()
+
+
+def same_shape(found: torch.Size | tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return tuple(found) == tuple(expected)

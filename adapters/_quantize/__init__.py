@@ -1,0 +1,20 @@
+"""4-bit bases: quantising in place, reading a quantised weight, and the guard against a repacking bug upstream."""
+
+from adapters._quantize.nf4 import QuantizeReport, quantize
+from adapters._quantize.params import (
+    dequantize,
+    guard_against_repacking,
+    is_quantized,
+    quantized_modules,
+    replace_module,
+)
+
+__all__ = [
+    "QuantizeReport",
+    "dequantize",
+    "guard_against_repacking",
+    "is_quantized",
+    "quantize",
+    "quantized_modules",
+    "replace_module",
+]
