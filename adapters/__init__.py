@@ -1,1 +1,120 @@
-"""Adapts any Hugging Face model by training a few extra tensors."""
+"""Adapts any Hugging Face model by training a few extra tensors, and ships those tensors alone.
+
+    import adapters
+
+    model, tokenizer = adapters.load_base("smollm2-135m-instruct")
+    adapters.attach(model, "lora", name="fr", rank=16)
+
+Every public name is imported on first use; `import adapters` loads torch and nothing heavier.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+import torch as _torch  # noqa: F401 - the one heavy import that every use needs
+
+if TYPE_CHECKING:
+    from adapters import methods
+    from adapters._attach import Adapter, AttachReport, activate, adapters_of, attach, detach, using
+    from adapters._contract import (
+        Factors,
+        KeyValueMethod,
+        KeyValueSite,
+        Method,
+        StreamMethod,
+        StreamSite,
+        Weight,
+        WeightMethod,
+        WeightSite,
+    )
+    from adapters._errors import AdapterError, DamagedAdapter, WrongBase
+    from adapters._hub import load_base
+    from adapters._merge import Certificate, merge
+    from adapters._quantize import QuantizeReport, quantize
+    from adapters._sites import SiteMap, sites
+    from adapters._store import AdapterInfo, LoadReport, SaveReport, inspect, load, save, swap
+
+_WHERE = {
+    "_attach": "Adapter AttachReport activate adapters_of attach detach using",
+    "_contract": "Factors KeyValueMethod KeyValueSite Method StreamMethod StreamSite Weight WeightMethod WeightSite",
+    "_errors": "AdapterError DamagedAdapter WrongBase",
+    "_hub": "load_base",
+    "_merge": "Certificate merge",
+    "_quantize": "QuantizeReport quantize",
+    "_sites": "SiteMap sites",
+    "_store": "AdapterInfo LoadReport SaveReport inspect load save swap",
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "AdapterInfo",
+    "AttachReport",
+    "Certificate",
+    "DamagedAdapter",
+    "Factors",
+    "KeyValueMethod",
+    "KeyValueSite",
+    "LoadReport",
+    "Method",
+    "QuantizeReport",
+    "SaveReport",
+    "SiteMap",
+    "StreamMethod",
+    "StreamSite",
+    "Weight",
+    "WeightMethod",
+    "WeightSite",
+    "WrongBase",
+    "activate",
+    "adapters_of",
+    "attach",
+    "detach",
+    "inspect",
+    "load",
+    "load_base",
+    "merge",
+    "methods",
+    "quantize",
+    "save",
+    "sites",
+    "swap",
+    "using",
+]
+
+
+def _refuse_the_other_distribution() -> None:
+    """Two distributions own the import name `adapters`; installed together, each overwrites files of the other."""
+    try:
+        other = importlib.metadata.version("adapters")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    raise ImportError(
+        f"AdapterHub's distribution `adapters` {other} is installed beside `adapter-registry`, and both are imported as "
+        "`adapters`: pip uninstall adapters adapter-registry, then install the one that you want."
+    )
+
+
+_refuse_the_other_distribution()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return importlib.import_module("adapters.methods")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'adapters' has no attribute {name!r}")
+    importlib.import_module("adapters._store")  # an attached model can save itself, whichever verb was used first
+    value = getattr(importlib.import_module(f"adapters.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+

@@ -37,7 +37,7 @@ class Adapter:
 Selection: TypeAlias = tuple[Adapter, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """The adapters attached to one model, those that act, and what `detach` must give back."""
 

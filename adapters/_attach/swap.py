@@ -10,16 +10,18 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from adapters._attach.container import CHILD, Container
 from adapters._attach.state import STATE, State, carrying, holding, put_tap, selection
 
 BASE = "_adapter_base_class"
+FACES = "_adapter_faces"
 ENTER = "enter"  # faces: what a subclass adds
 CALL = "call"
 TAP = "tap"
 CHECKPOINT = "checkpoint"
+TAPPED_BY = "_adapter_tapped_by"  # in a tapped module's __dict__: the slots that read its input
 HOLD = "hold"  # holds tensors that others use
 READ = "read:"  # followed by a parameter's name
 
@@ -62,16 +64,16 @@ def _restore(base: type[nn.Module], faces: frozenset[str]) -> nn.Module:
 def add_faces(module: nn.Module, state: State, *faces: str) -> None:
     """Gives `module` further faces; its own class stays reachable."""
     base = base_class(module)
-    have = module.__dict__.get("_adapter_faces", frozenset())
+    have = module.__dict__.get(FACES, frozenset())
     module.__dict__[STATE] = state
-    module.__dict__["_adapter_faces"] = have | frozenset(faces)
-    module.__class__ = adapted_class(base, module.__dict__["_adapter_faces"])
+    module.__dict__[FACES] = have | frozenset(faces)
+    module.__class__ = adapted_class(base, module.__dict__[FACES])
 
 
 def strip(module: nn.Module) -> None:
     """Gives a module its own class back and takes everything away that attaching put there."""
     module.__class__ = base_class(module)
-    for key in (STATE, "_adapter_faces"):
+    for key in (STATE, TAPPED_BY, FACES):
         module.__dict__.pop(key, None)
     if isinstance(module._modules.get(CHILD), Container):
         del module._modules[CHILD]
@@ -90,7 +92,7 @@ def _site_call(base: type[nn.Module], tapped: bool) -> Callable[..., Any]:
         acting = selection(self.__dict__[STATE])
         if not acting:
             return y
-        if tapped:
+        if tapped and any(adapter.slot in self.__dict__[TAPPED_BY] for adapter in acting):
             put_tap(self, args[0] if args else next(iter(kwargs.values())))
         held = self._modules.get(CHILD)
         if held is not None:
@@ -163,6 +165,3 @@ def _get_checkpointing(self: nn.Module) -> Callable[..., Any]:
 def _set_checkpointing(self: nn.Module, function: Callable[..., Any]) -> None:
     self.__dict__["_gradient_checkpointing_func"] = function
 
-
-def is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)

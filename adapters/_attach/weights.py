@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from adapters._contract import WeightSite
@@ -51,6 +50,3 @@ def read_weight(model: nn.Module, path: str) -> Tensor:
         raise KeyError(path)
     return dequantize(stored) if is_quantized(stored) else stored.detach()
 
-
-def same_shape(found: torch.Size | tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    return tuple(found) == tuple(expected)

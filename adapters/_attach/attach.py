@@ -1,0 +1,203 @@
+"""The public verbs: attach, detach, activate, using."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adapters import _registry
+from adapters._attach.install import base_parameters, install, remove
+from adapters._attach.report import AttachReport, describe
+from adapters._attach.start import prefix_start
+from adapters._attach.state import State, adapters_of, holding, state_of
+from adapters._attach.weights import base_weight
+from adapters._contract import KeyValueMethod, KeyValueSite, Method, Site, StreamMethod, StreamSite, WeightMethod, WeightSite
+from adapters._errors import AdapterError, nearest
+from adapters._quantize import quantize, quantized_modules
+from adapters._sites import select, sites
+
+Targets = str | Iterable[str] | Callable[[Site], bool]
+
+
+def attach(
+    model: nn.Module,
+    method: str | Method = "lora",
+    *,
+    name: str = "default",
+    targets: Targets | None = None,
+    head: bool | Iterable[str] | None = None,
+    tokenizer: Any = None,
+    example: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **hyperparameters: Any,
+) -> AttachReport:
+    """Adds a fresh adapter to `model` in place, freezes the base, trains the adapter and makes it the active one.
+
+    Args:
+        model: any Hugging Face model, or any module if `example` is given.
+        method: a name from `adapters.methods.names()` with its hyperparameters, or a method.
+        name: free text; two adapters on one model have different names.
+        targets: where to act, instead of the method's own choice: roles ("attention.*"), paths or globs over paths
+            ("*.q_proj"), "all", or a predicate over sites. An entry that matches nothing is an error.
+        head: modules to train whole and save with the adapter; True or None finds the task head, False trains none.
+            The output embeddings of language models are not task heads.
+        tokenizer: needed by a prefix that starts from text.
+        example: keyword arguments of one forward, where the probe cannot make them.
+        dtype: of the trained tensors: float32, or bfloat16 to halve their memory.
+        hyperparameters: fields of the method.
+
+    Raises:
+        AdapterError: with the model unchanged.
+
+    Example:
+        >>> import adapters, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        ...     num_attention_heads=4, num_key_value_heads=2, vocab_size=160))
+        >>> report = adapters.attach(model, "lora", name="fr", rank=4)
+        >>> report.sites["attention.query"], report.parameters
+        (2, 13312)
+        >>> adapters.detach(model, "fr")
+    """
+    chosen_method = make_method(method, hyperparameters)
+    if name in adapters_of(model):
+        raise AdapterError(f"an adapter {name!r} is attached already: detach or swap it, or choose another name.")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise AdapterError(f"dtype is {dtype}; trained tensors are float32, bfloat16 or float16.")
+    notes = _quantized(model, chosen_method)
+    with using(model, None):
+        found = sites(model, example)
+    chosen = select(found, chosen_method, targets)
+    heads = _heads(model, head)
+    chosen_method, tensors, facts = _fresh(model, chosen_method, chosen, tokenizer)
+    notes += [str(note) for note in facts.values()]
+    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    for path in heads:
+        parameters = model.get_submodule(path).named_parameters()
+        tensors.update({f"{path}:head.{key}": p.detach().to(dtype).clone() for key, p in parameters})
+    install(model, name, chosen_method, chosen, tensors, head=heads, trainable=True, facts=facts)
+    roles, share, left = describe(found, chosen)
+    size, base = sum(t.numel() for t in tensors.values()), sum(p.numel() for p in base_parameters(model).values())
+    return AttachReport(name, repr(chosen_method), roles, size, base, share, heads, left, tuple(notes))
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Removes one adapter, or all; without adapters the model is bit for bit the one that came in.
+
+    Raises:
+        AdapterError: no adapter of that name is attached.
+    """
+    for each in [name] if name is not None else list(adapters_of(model)):
+        remove(model, each)
+
+
+def activate(model: nn.Module, name: str | None) -> None:
+    """Makes the adapter `name` act, or none: one assignment, which changes neither tensors nor `requires_grad`.
+
+    Raises:
+        AdapterError: no adapter of that name is attached.
+    """
+    chosen = _chosen(model, name)
+    state = state_of(model)
+    if state is not None:
+        state.active = chosen
+
+
+def using(model: nn.Module, name: str | None) -> holding:
+    """`with using(model, name):` the adapter `name` acts (None: the base alone) in this thread's forwards.
+
+    Raises:
+        AdapterError: no adapter of that name is attached.
+    """
+    return holding(state_of(model) or State(), _chosen(model, name))
+
+
+def make_method(method: str | Method, hyperparameters: Mapping[str, Any]) -> Method:
+    """A method from its name and hyperparameters, with a clear sentence for a field that it does not have."""
+    if isinstance(method, Method):
+        if hyperparameters:
+            raise AdapterError(f"hyperparameters {sorted(hyperparameters)} were given beside a method that has its own.")
+        return method
+    cls = _registry.get(method)
+    known = [field.name for field in fields(cls)]
+    for key in hyperparameters:
+        if key not in known:
+            raise AdapterError(f"{method} has no field {key!r}{nearest(key, known)} Fields: {', '.join(known)}.")
+    return cls(**hyperparameters)
+
+
+def _chosen(model: nn.Module, name: str | None) -> tuple[Any, ...]:
+    if name is None:
+        return ()
+    attached = adapters_of(model)
+    if not isinstance(name, str) or name not in attached:
+        there = ", ".join(attached) or "none"
+        raise AdapterError(f"no adapter {name!r} is attached; attached: {there}. A selection is one name, or None.")
+    return (attached[name],)
+
+
+def _quantized(model: nn.Module, method: Method) -> list[str]:
+    if method.quantize is None:
+        return []
+    if any(True for _ in quantized_modules(model)):
+        return ["the base was in 4 bits already"]
+    return [f"the base was quantised, which detach does not undo. {quantize(model, method.quantize)}"]
+
+
+def _fresh(
+    model: nn.Module, method: Method, chosen: tuple[Site, ...], tokenizer: Any
+) -> tuple[Method, dict[str, Tensor], dict[str, object]]:
+    """The method with everything settled, its fresh tensors by key, and what is worth recording."""
+    facts: dict[str, object] = {}
+    by_site: dict[str, Mapping[str, Tensor]] = {}
+    if isinstance(method, KeyValueMethod):
+        start = prefix_start(model, method, cast(tuple[KeyValueSite, ...], chosen), tokenizer)
+        method, facts = cast(KeyValueMethod, start.method), {"start": start.note}
+        for site in chosen:
+            by_site[site.path] = method.init(cast(KeyValueSite, site), *start.recorded[site.path])
+    for site in chosen:
+        if isinstance(method, WeightMethod) and isinstance(site, WeightSite):
+            by_site[site.path] = method.init(site, base_weight(model, site))
+        elif isinstance(method, StreamMethod) and isinstance(site, StreamSite):
+            by_site[site.path] = method.init(site)
+    tensors = {
+        f"{site.path}:{key}": tensor.to(_device(model, site))
+        for site in chosen
+        for key, tensor in by_site[site.path].items()
+    }
+    return method, tensors, facts
+
+
+def _device(model: nn.Module, site: Site) -> torch.device:
+    owner = site.owner if isinstance(site, WeightSite) else site.path
+    here = next(model.get_submodule(owner).parameters(), None)
+    return here.device if here is not None else next(model.parameters()).device
+
+
+def _heads(model: nn.Module, head: bool | Iterable[str] | None) -> tuple[str, ...]:
+    """The modules that are trained whole: those named, or the task head, which lies outside the base model."""
+    if head is False:
+        return ()
+    if head is not None and head is not True:
+        named = (head,) if isinstance(head, str) else tuple(head)
+        known = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
+        for path in named:
+            if path not in known:
+                raise AdapterError(f"this model has no module {path!r} with parameters{nearest(path, known)}")
+        return named
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
+    output = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    outside = [
+        path
+        for path, child in model.named_children()
+        if isinstance(base, nn.Module) and child is not base and any(True for _ in child.parameters())
+    ]
+    if output is not None or not outside:
+        if head is True:
+            raise AdapterError("head=True, but this model has no task head outside its base model: name the modules.")
+        return ()
+    return tuple(outside)

@@ -1,0 +1,174 @@
+"""Makes the modules that hold an adapter's tensors, finds them again, and puts them in their places."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from adapters._attach.container import CHILD, CalledWeight, Container, Entry, KeyValue, ReadWeight, Replica, Stream
+from adapters._attach.state import Adapter, State
+from adapters._attach.swap import CALL, HOLD, READ, TAP, TAPPED_BY, add_faces, base_class
+from adapters._attach.weights import base_weight
+from adapters._contract import (
+    KeyValueMethod,
+    KeyValueSite,
+    Site,
+    StreamMethod,
+    StreamSite,
+    WeightMethod,
+    WeightSite,
+)
+from adapters._errors import AdapterError
+from adapters._quantize import is_quantized
+
+
+@dataclass(frozen=True)
+class Made:
+    """A change that is ready to be placed: an entry `key` below the module `owner`, and the owner's new face."""
+
+    owner: str
+    key: str
+    entry: nn.Module | None  # None: the module is only tapped
+    face: str
+
+
+def make_entries(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> list[Made]:
+    """All entries of an adapter, made and checked while the model is still untouched."""
+    by_site: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, _, name = key.rpartition(":")
+        by_site.setdefault(path, {})[name] = tensor
+    made: list[Made] = []
+    for site in adapter.sites:
+        given = by_site.pop(site.path, None)
+        if not given:
+            raise AdapterError(f"adapter {adapter.name!r} has no tensors for its site {site.path}.")
+        made += _at_site(model, adapter, site, given)
+    made += [Made(path, adapter.slot, _replica(model, path, by_site.pop(path, {})), CALL) for path in adapter.head]
+    if by_site:
+        raise AdapterError(f"adapter {adapter.name!r} has tensors for {next(iter(by_site))}, which is none of its sites.")
+    _check_places(model, adapter, made)
+    return made
+
+
+def _check_places(model: nn.Module, adapter: Adapter, made: list[Made]) -> None:
+    places = [(change.owner, change.key) for change in made if change.entry is not None]
+    if len(set(places)) < len(places):
+        raise AdapterError(f"adapter {adapter.name!r} acts twice at one module: a head is trained whole or not adapted.")
+    for owner, _ in places:
+        occupied = getattr(model.get_submodule(owner), CHILD, None)
+        if occupied is not None and not isinstance(occupied, Container):
+            raise AdapterError(f"{owner} has an attribute {CHILD!r} of its own, where adapters would be held.")
+
+
+def _at_site(model: nn.Module, adapter: Adapter, site: Site, given: Mapping[str, Tensor]) -> list[Made]:
+    method, slot = adapter.method, adapter.slot
+    try:
+        if isinstance(site, WeightSite) and isinstance(method, WeightMethod):
+            return _at_weight(model, slot, method, site, given)
+        if isinstance(site, StreamSite) and isinstance(method, StreamMethod):
+            model.get_submodule(site.path)
+            tap = model.get_submodule(site.tap) if site.tap is not None and method.reads_input() else None
+            tapped = [Made(site.tap, slot, None, TAP)] if tap is not None and site.tap is not None else []
+            return [Made(site.path, slot, Stream(method, site, given, tap), CALL), *tapped]
+        if isinstance(site, KeyValueSite) and isinstance(method, KeyValueMethod):
+            model.get_submodule(site.path)
+            return [Made(site.path, slot, KeyValue(method, site, given), HOLD)]
+    except (AttributeError, KeyError) as error:
+        raise AdapterError(f"this model has no {site.path}, where adapter {adapter.name!r} acts.") from error
+    raise AdapterError(f"method {method.name!r} acts on {method.kind} sites, and {site.path} is a {site.kind} site.")
+
+
+def _at_weight(
+    model: nn.Module, slot: str, method: WeightMethod, site: WeightSite, given: Mapping[str, Tensor]
+) -> list[Made]:
+    w, owner = base_weight(model, site), model.get_submodule(site.owner)
+    found = tuple(w.stored.shape[:-2]) + (tuple(w.stored.mT.shape[-2:]) if w.transposed else tuple(w.stored.shape[-2:]))
+    if not is_quantized(w.stored) and found != site.shape:
+        raise AdapterError(f"{site.path} is {found} in this model, and the adapter was made for {site.shape}.")
+    low = method.factors(given)
+    if low is not None and (*low.left.shape[:-1], low.right.shape[-1]) != site.shape:
+        raise AdapterError(f"the tensors for {site.path} do not form a change of shape {site.shape}.")
+    if site.access == "read":
+        entry: nn.Module = ReadWeight(method, site, given, w)
+    else:
+        # the outputs of these forwards come straight from a product, so the delta may be added into them
+        fresh = base_class(owner).forward is nn.Linear.forward or is_quantized(w.stored)
+        entry = CalledWeight(method, site, given, w, fresh)
+    # a parameter that several modules share has one adapter, which acts at each of them
+    return [Made(*_location(slot, alias, site), entry, _face(alias, site)) for alias in (site.path, *site.aliases)]
+
+
+def _face(path: str, site: WeightSite) -> str:
+    return CALL if site.access == "call" else READ + path.rpartition(".")[2]
+
+
+def _replica(model: nn.Module, path: str, given: Mapping[str, Tensor]) -> Replica:
+    replica = Replica(copy.deepcopy(model.get_submodule(path)))
+    own = dict(replica.named_parameters())
+    if set(own) != set(given):
+        raise AdapterError(f"the head {path} has parameters {sorted(own)}, the adapter has {sorted(given)}.")
+    for key, parameter in own.items():
+        if parameter.shape != given[key].shape:
+            raise AdapterError(f"the head {path} is {tuple(parameter.shape)} here and {tuple(given[key].shape)} there.")
+        parameter.data = given[key].detach().to(parameter.device).clone()
+    return replica
+
+
+def place(model: nn.Module, state: State, made: list[Made], trainable: bool) -> None:
+    """Makes the changes. Nothing in here can be refused."""
+    for change in made:
+        module = model.get_submodule(change.owner)
+        add_faces(module, state, change.face)
+        if change.entry is None:
+            module.__dict__[TAPPED_BY] = module.__dict__.get(TAPPED_BY, frozenset()) | {change.key}
+            continue
+        if CHILD not in module._modules:
+            module.add_module(CHILD, Container())
+        container = module._modules[CHILD]
+        assert container is not None
+        change.entry.requires_grad_(trainable)
+        container._modules[change.key] = change.entry
+        container.train(module.training)
+
+
+def _location(slot: str, path: str, site: Site) -> tuple[str, str]:
+    """The module below which an entry lives, and the entry's name there."""
+    if not isinstance(site, WeightSite):
+        return path, slot
+    owner, _, parameter = path.rpartition(".")
+    return owner, slot if site.access == "call" else f"{slot}-{parameter}"
+
+
+def adapter_tensors(model: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:
+    """An adapter's tensors, keyed `f"{site.path}:{tensor}"`, and its heads' as `f"{module}:head.{parameter}"`."""
+    found: dict[str, nn.Parameter] = {}
+    for site in adapter.sites:
+        entry = entry_of(model, adapter, site)
+        found.update({f"{site.path}:{key}": cast(nn.Parameter, p) for key, p in entry._parameters.items()})
+    for path in adapter.head:
+        replica = model.get_submodule(path)._modules[CHILD]._modules[adapter.slot]  # type: ignore[union-attr]
+        found.update({f"{path}:{key}": p for key, p in cast(nn.Module, replica).named_parameters()})
+    return found
+
+
+def entry_of(model: nn.Module, adapter: Adapter, site: Site) -> Entry:
+    """The module that holds an adapter's tensors at a site."""
+    owner, key = _location(adapter.slot, site.path, site)
+    return cast(Entry, model.get_submodule(owner)._modules[CHILD]._modules[key])  # type: ignore[union-attr]
+
+
+def drop_slot(model: nn.Module, slot: str) -> None:
+    """Removes the entries of one version of an adapter."""
+    for module in model.modules():
+        held = module._modules.get(CHILD)
+        if not isinstance(held, Container):
+            continue
+        for key in [key for key in held._modules if key == slot or key.startswith(f"{slot}-")]:
+            del held._modules[key]
+
+

@@ -1,0 +1,143 @@
+"""Puts an adapter's tensors into a model and takes them out again: everything is checked and made before the model
+changes, so that a refusal leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from adapters._attach import injection
+from adapters._attach.container import Container
+from adapters._attach.entries import adapter_tensors, drop_slot, make_entries, place
+from adapters._attach.state import Adapter, State, state_of
+from adapters._attach.swap import CHECKPOINT, ENTER, FACES, add_faces, strip
+from adapters._contract import KeyValueMethod, Method, Site
+from adapters._errors import AdapterError
+from adapters._quantize import guard_against_repacking
+
+
+def install(
+    model: nn.Module,
+    name: str,
+    method: Method,
+    sites: Iterable[Site],
+    tensors: Mapping[str, Tensor],
+    *,
+    head: Iterable[str] = (),
+    trainable: bool = False,
+    activate: bool = True,
+    facts: Mapping[str, object] | None = None,
+) -> Adapter:
+    """Adds an adapter whose tensors exist already, keyed `f"{site.path}:{tensor}"` and `f"{head}:head.{parameter}"`.
+
+    Raises:
+        AdapterError: the name is taken, a site does not exist in this model, or tensors are missing or superfluous.
+    """
+    found = state_of(model)
+    if found is not None and name in found.adapters:
+        raise AdapterError(f"an adapter {name!r} is attached already: detach or swap it, or choose another name.")
+    state = found if found is not None else State(required_grad=_flags(model))
+    guard_against_repacking(model)
+    adapter = Adapter(name, state.new_slot(), method, tuple(sites), tuple(head), trainable, dict(facts or {}))
+    made = make_entries(model, adapter, tensors)
+    if found is None:
+        _enter(model, state)
+    place(model, state, made, trainable)
+    _inject(state, adapter)
+    state.adapters = {**state.adapters, name: adapter}
+    if activate:
+        state.active = (adapter,)
+    return adapter
+
+
+def replace(
+    model: nn.Module,
+    name: str,
+    method: Method,
+    sites: Iterable[Site],
+    tensors: Mapping[str, Tensor],
+    *,
+    head: Iterable[str] = (),
+    facts: Mapping[str, object] | None = None,
+) -> Adapter:
+    """Exchanges an attached adapter in one step. A forward under way goes on with the version that it began with."""
+    state, old = _attached(model, name)
+    new = Adapter(name, state.new_slot(), method, tuple(sites), tuple(head), old.trainable, dict(facts or {}))
+    place(model, state, make_entries(model, new, tensors), old.trainable)
+    _inject(state, new)
+    # whoever is still running the old version holds a reference to it; its tensors go when the last one ends
+    weakref.finalize(old, _drop_slot, weakref.ref(model), old.slot)
+    state.adapters = {**state.adapters, name: new}
+    state.active = tuple(new if adapter is old else adapter for adapter in state.active)
+    return new
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Takes one adapter out; with the last one the model gets every class, flag and key back."""
+    state, adapter = _attached(model, name)
+    state.adapters = {other: value for other, value in state.adapters.items() if other != name}
+    state.active = tuple(other for other in state.active if other is not adapter)
+    drop_slot(model, adapter.slot)
+    if not any(isinstance(other.method, KeyValueMethod) for other in state.adapters.values()):
+        injection.withdraw(state)
+    if state.adapters:
+        return
+    for module in list(model.modules()):
+        if FACES in module.__dict__:
+            strip(module)
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_(state.required_grad.get(path, parameter.requires_grad))
+
+
+def tensors_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """An adapter's tensors, keyed `f"{site.path}:{tensor}"`, and its heads' as `f"{module}:head.{parameter}"`."""
+    return adapter_tensors(model, _attached(model, name)[1])
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's own parameters by path, each once, without those of attached adapters."""
+    ours = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Container)
+        for parameter in module.parameters()
+    }
+    return {path: parameter for path, parameter in model.named_parameters() if id(parameter) not in ours}
+
+
+def _attached(model: nn.Module, name: str) -> tuple[State, Adapter]:
+    state = state_of(model)
+    if state is None or name not in state.adapters:
+        there = ", ".join(state.adapters) if state is not None else "none"
+        raise AdapterError(f"no adapter {name!r} is attached; attached: {there}.")
+    return state, state.adapters[name]
+
+
+def _drop_slot(model: weakref.ref[nn.Module], slot: str) -> None:
+    alive = model()
+    if alive is not None:
+        drop_slot(alive, slot)
+
+
+def _flags(model: nn.Module) -> dict[str, bool]:
+    return {path: parameter.requires_grad for path, parameter in model.named_parameters()}
+
+
+def _enter(model: nn.Module, state: State) -> None:
+    add_faces(model, state, ENTER)
+    for module in list(model.modules()):
+        # a data descriptor outlives `gradient_checkpointing_enable()`, which sets the function anew on every module
+        if hasattr(module, "gradient_checkpointing"):
+            add_faces(module, state, CHECKPOINT)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _inject(state: State, adapter: Adapter) -> None:
+    if isinstance(adapter.method, KeyValueMethod):
+        injection.provide(state)
+
+

@@ -1,0 +1,62 @@
+"""Position ids for models that run with a prefix.
+
+Two conventions, a field of the method: "before" leaves the real tokens at 0, 1, ... with the prefix before them;
+"shifted" moves them by the prefix's length, as the key-value cache of PEFT does. Left padding needs position ids in
+both: without them a padded row's first token would be far from the prefix.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters._attach.entries import entry_of
+from adapters._attach.state import Adapter, State, selection
+from adapters._attach.swap import base_class, before_forward
+from adapters._contract import KeyValueMethod, KeyValueSite
+
+
+def position_ids(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The `position_ids` to pass to a forward whose selection holds a prefix, or nothing where they need no change."""
+    prefixes = [adapter for adapter in selection(state) if isinstance(adapter.method, KeyValueMethod)]
+    if not prefixes:
+        return {}
+    names = _parameters(base_class(model))
+    if "position_ids" not in names:
+        return {}
+    given = dict(zip(names, args, strict=False)) | kwargs
+    shift = sum(prefix_length(model, adapter) for adapter in prefixes if adapter.method.positions == "shifted")  # type: ignore[attr-defined]
+    if given.get("position_ids") is not None:
+        return {"position_ids": given["position_ids"] + shift} if shift else {}
+    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    causal = all(site.causal for adapter in prefixes for site in adapter.sites if isinstance(site, KeyValueSite))
+    mask = given.get("attention_mask")
+    padded = causal and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all())
+    if not isinstance(tokens, Tensor) or not (shift or padded):
+        return {}
+    count = tokens.shape[1]
+    if padded and isinstance(mask, Tensor):
+        ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
+    else:
+        cache = given.get("past_key_values")
+        start = int(cache.get_seq_length()) if cache is not None else 0
+        ids = torch.arange(start, start + count, device=tokens.device)[None].expand(tokens.shape[0], -1)
+    return {"position_ids": ids + shift}
+
+
+def prefix_length(model: nn.Module, adapter: Adapter) -> int:
+    """How many tokens a prefix adapter prepends."""
+    keys, _ = entry_of(model, adapter, adapter.sites[0])()
+    return int(keys.shape[-2])
+
+
+@cache
+def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+before_forward.append(position_ids)

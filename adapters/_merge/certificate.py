@@ -1,0 +1,56 @@
+"""What a merge did, and how far the merged model is from the adapted one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# relative error of the outputs above which a merge is refused: a few times the rounding of one weight, 2^-24, 2^-11, 2^-8
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class SiteError:
+    """One merged weight. `predicted`: the rounding |stored - exact| / |exact| of its elements. `seen`: the difference
+    of the site's outputs on real inputs, relative; None for weights that are read, not called."""
+
+    path: str
+    predicted: float
+    seen: float | None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """`error` = |merged - adapted| / |adapted| of the model's outputs; `effect` = |adapted - base| / |adapted|."""
+
+    name: str
+    path: str  # how: "in place in float32", "dequantised from nf4 to bfloat16, then merged", ...
+    error: float
+    effect: float
+    tolerance: float
+    sites: tuple[SiteError, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> SiteError:
+        return max(self.sites, key=lambda site: max(site.predicted, site.seen or 0.0))
+
+    def __str__(self) -> str:
+        lost = self.error / self.effect if self.effect else float("inf")
+        worst = self.worst
+        lines = [
+            f"merged {self.name!r} into {len(self.sites)} weights, {self.path}",
+            f"  outputs differ from the adapted model's by {self.error:.1e} (tolerance {self.tolerance:.0e}),"
+            f" {100 * lost:.2g} % of what the adapter does",
+            f"  worst weight: {worst.path}, predicted {worst.predicted:.1e}"
+            + (f", seen {worst.seen:.1e}" if worst.seen is not None else ""),
+        ]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, in fp32; 0 where both are 0."""
+    difference, size = (found.float() - expected.float()).norm().item(), expected.float().norm().item()
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))

@@ -1,0 +1,77 @@
+"""Runs a model on the same inputs before and after, and reads what its sites saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from adapters._attach import Adapter
+from adapters._contract import WeightSite
+from adapters._errors import AdapterError
+from adapters._sites import example_inputs
+
+ROWS, TOKENS = 2, 32  # of a site's input that are kept for comparison
+
+
+def probe_inputs(model: nn.Module) -> dict[str, Any]:
+    """A tiny batch for any Hugging Face model, the one that finds sites."""
+    return dict(example_inputs(model))
+
+
+def main_output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """All floating-point outputs of one forward in eval mode, flattened; the cache is not an output."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(**inputs)
+    finally:
+        for module in training:
+            module.training = True
+    items = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else (output,))
+    found = [
+        leaf.float().flatten()
+        for key, value in items
+        if key != "past_key_values"
+        for leaf in tree_leaves(value)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    if not found:
+        raise AdapterError("the model's forward returned no floating-point tensor to compare: pass example=.")
+    return torch.cat(found)
+
+
+def inputs_at(model: nn.Module, adapter: Adapter, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What reached each called site in one forward: (rows, tokens, n_in), cut to a few rows and tokens."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for site in adapter.sites:
+        if isinstance(site, WeightSite) and site.access == "call":
+
+            def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = site.path) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                found.setdefault(path, x.detach()[:ROWS, :TOKENS] if x.dim() > 2 else x.detach()[: ROWS * TOKENS])
+
+            handles.append(model.get_submodule(site.owner).register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        main_output(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def outputs_at(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each called site makes of its recorded input."""
+    found = {}
+    for path, x in inputs.items():
+        module = model.get_submodule(path.rpartition(".")[0])
+        training, module.training = module.training, False
+        with torch.no_grad():
+            found[path] = module(x)
+        module.training = training
+    return found

@@ -1,0 +1,192 @@
+"""Merges an adapter: W <- round(method.weight(W, p)), and proves it by running both models on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters._attach import Adapter, adapters_of, base_weight, detach, tensors_of, using
+from adapters._contract import WeightMethod, WeightSite
+from adapters._errors import AdapterError
+from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative
+from adapters._merge.measure import inputs_at, main_output, outputs_at, probe_inputs
+from adapters._quantize import dequantize, quantize, quantized_modules, replace_module
+
+
+def merge(
+    model: nn.Module,
+    name: str,
+    *,
+    example: Mapping[str, Any] | None = None,
+    tolerance: float | None = None,
+    requantize: str | None = None,
+) -> Certificate:
+    """Folds the adapter `name` into the base and detaches it; the model is then a plain one that behaves the same.
+
+    A base in 4 bits is dequantised first, every layer of it, and becomes a model in its compute dtype.
+
+    Args:
+        name: an attached adapter of a method that changes weights; no other may be attached.
+        example: keyword arguments of one forward on which the merged is compared with the adapted model; without it
+            the probe's.
+        tolerance: the relative error of the outputs above which the merge is refused; by the dtype when None.
+        requantize: "nf4" puts a merged 4-bit base back into 4 bits, which loses most of the adapter's effect; the
+            certificate then says how much, whatever the tolerance.
+
+    Raises:
+        AdapterError: the method cannot be merged, others are attached, or the error exceeds the tolerance; the model
+            is then as it was.
+    """
+    adapter = _mergeable(model, name)
+    inputs = dict(example) if example is not None else probe_inputs(model)
+    quantised = [path for path, _ in quantized_modules(model)]
+    with using(model, name):
+        seen_inputs = inputs_at(model, adapter, inputs)
+        expected, expected_sites = main_output(model, inputs), outputs_at(model, seen_inputs)
+    with using(model, None):
+        base = main_output(model, inputs)
+    effect = relative(base, expected)
+
+    new, predicted = _merged_weights(model, adapter)
+    dtype = next(iter(new.values())).dtype
+    limit = tolerance if tolerance is not None else TOLERANCE.get(dtype, 2e-2)
+    undo = _apply(model, adapter, new, quantised)
+    try:
+        with using(model, None):
+            error = relative(main_output(model, inputs), expected)
+            after = outputs_at(model, seen_inputs)
+        if not error <= limit:  # also refuses NaN
+            raise AdapterError(
+                f"merging {name!r} changes the outputs by {error:.1e}, more than the tolerance of {limit:.0e}: keep it "
+                "unmerged, merge into a base of higher precision, or pass tolerance=."
+            )
+    except BaseException:
+        undo()
+        raise
+    detach(model, name)
+    notes: list[str] = []
+    if requantize is not None:
+        quantize(model, requantize)
+        error = relative(main_output(model, inputs), expected)
+        notes.append(f"put back into {requantize} as asked: that rounding is the error above")
+    path = f"dequantised from nf4 to {_name(dtype)}, then merged" if quantised else f"in place in {_name(dtype)}"
+    sites = tuple(
+        SiteError(at, predicted[at], relative(after[at], expected_sites[at]) if at in after else None) for at in predicted
+    )
+    return Certificate(name, path, error, effect, limit, sites, tuple(notes))
+
+
+def _mergeable(model: nn.Module, name: str) -> Adapter:
+    attached = adapters_of(model)
+    if name not in attached:
+        raise AdapterError(f"no adapter {name!r} is attached; attached: {', '.join(attached) or 'none'}.")
+    if len(attached) > 1:
+        others = ", ".join(other for other in attached if other != name)
+        raise AdapterError(f"merging {name!r} would change the base of {others}: detach them first.")
+    adapter = attached[name]
+    if not adapter.method.mergeable:
+        raise AdapterError(
+            f"{adapter.method.name} does not change weights, so it cannot be merged into them: keep the adapter attached."
+        )
+    for site in adapter.sites:
+        if isinstance(site, WeightSite):
+            _check_tied(model, site)
+    return adapter
+
+
+def _check_tied(model: nn.Module, site: WeightSite) -> None:
+    shared = base_weight(model, site).stored
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is shared and path not in (site.path, *site.aliases):
+            raise AdapterError(f"{site.path} is tied to {path}, which merging would change too: untie them first.")
+        if parameter is shared and isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Embedding):
+            raise AdapterError(f"{site.path} is tied to the embeddings, which merging would change too: untie them first.")
+
+
+def _merged_weights(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The new weights by path, in storage orientation and the base's dtype, and their relative rounding error."""
+    assert isinstance(adapter.method, WeightMethod)
+    tensors, new, predicted = tensors_of(model, adapter.name), {}, {}
+    with torch.no_grad():
+        for site in adapter.sites:
+            assert isinstance(site, WeightSite)
+            w = base_weight(model, site)
+            dense = w.dense()
+            prefix = f"{site.path}:"
+            p = {key.removeprefix(prefix): t.float() for key, t in tensors.items() if key.startswith(prefix)}
+            exact = adapter.method.weight(dense.float(), p)
+            stored = exact.to(_compute_dtype(model, site, dense))
+            if not torch.isfinite(stored).all():
+                raise AdapterError(f"merging {adapter.name!r} makes {site.path} infinite in {_name(stored.dtype)}.")
+            predicted[site.path] = relative(stored, exact)
+            new[site.path] = (stored.mT if w.transposed else stored).contiguous()
+    return new, predicted
+
+
+def _compute_dtype(model: nn.Module, site: WeightSite, dense: Tensor) -> torch.dtype:
+    found = getattr(model.get_submodule(site.owner), "compute_dtype", None)
+    return found if isinstance(found, torch.dtype) else dense.dtype
+
+
+def _apply(model: nn.Module, adapter: Adapter, new: Mapping[str, Tensor], quantised: list[str]) -> Callable[[], None]:
+    """Puts the merged weights in place; returns what puts the old ones back."""
+    old_modules = {path: model.get_submodule(path) for path in quantised}
+    old_data: list[tuple[nn.Parameter, Tensor]] = []
+    trained = tensors_of(model, adapter.name) if adapter.head else {}
+
+    def undo() -> None:
+        for path, module in old_modules.items():
+            replace_module(model, path, module)
+        for parameter, data in old_data:
+            parameter.data = data
+
+    def put(parameter: nn.Parameter, data: Tensor) -> None:
+        old_data.append((parameter, parameter.data))
+        parameter.data = data
+
+    try:
+        for path, module in old_modules.items():
+            replace_module(model, path, _dense_linear(module, new.get(f"{path}.weight")))
+        for path, weight in new.items():
+            owner, _, name = path.rpartition(".")
+            if owner not in old_modules:
+                put(model.get_parameter(path), weight)
+        for key, tensor in trained.items():
+            path, _, name = key.rpartition(":head.")
+            if path in adapter.head:
+                parameter = model.get_submodule(path).get_parameter(name)
+                put(parameter, tensor.detach().to(parameter.dtype))
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _dense_linear(module: nn.Module, merged: Tensor | None) -> nn.Module:
+    """A plain layer for a 4-bit one, with the merged or else the dequantised weight; Conv1D is restored as such."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    dense = merged if merged is not None else dequantize(weight)
+    dtype = getattr(module, "compute_dtype", None)
+    dense = dense.to(dtype if isinstance(dtype, torch.dtype) else dense.dtype)
+    bias = module._parameters.get("bias")
+    n_out, n_in = dense.shape
+    if getattr(module, "adapters_transposed", False):
+        from transformers.pytorch_utils import Conv1D
+
+        plain: nn.Module = Conv1D(n_out, n_in)
+        dense = dense.mT.contiguous()
+    else:
+        with torch.device("meta"):
+            plain = nn.Linear(n_in, n_out, bias=bias is not None)
+    plain.weight = nn.Parameter(dense, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.data.to(dense.dtype), requires_grad=False)
+    return plain
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,77 @@
+"""Bottleneck adapter layers, in three placements.
+
+Houlsby et al., 2019, arXiv 1902.00751, section 2.1: after both sub-layers. Pfeiffer et al., 2020, arXiv 2005.00247,
+section 3.2: after the feed-forward only. He et al., 2021, arXiv 2110.04366, section 4: parallel to the feed-forward,
+scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters._contract import Site, StreamMethod, StreamSite, Tensors, require
+from adapters._registry import add
+
+Placement = Literal["pfeiffer", "houlsby", "parallel"]
+Activation = Literal["relu", "gelu", "silu", "tanh"]
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@add("bottleneck")
+@dataclass(frozen=True)
+class Bottleneck(StreamMethod):
+    """Bottleneck: y' = y + s (U f(D h + c) + e), h = y, or h = x when parallel; U = 0, c = 0, e = 0 at start.
+
+    D (width / reduction_factor, width), U (width, width / reduction_factor), y what a branch adds to the residual
+    stream, x what the branch read from it.
+
+    Args:
+        placement: "houlsby" after attention and feed-forward, "pfeiffer" after the feed-forward, "parallel" beside it.
+        reduction_factor: width of the stream divided by the width of the bottleneck, rounded down, at least 1 unit.
+        activation: f, one of relu, gelu, silu, tanh.
+        scale: s; He et al. use 4 for the parallel placement.
+    """
+
+    placement: Placement = "pfeiffer"
+    reduction_factor: float = 16.0
+    activation: Activation = "relu"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field, known in (("placement", get_args(Placement)), ("activation", tuple(_ACTIVATIONS))):
+            found = getattr(self, field)
+            require(found in known, f"{field} is {found!r}; it must be one of {', '.join(known)}.")
+        require(self.reduction_factor > 0, f"reduction_factor is {self.reduction_factor}; it must be above 0.")
+
+    def wants(self, site: Site) -> bool:
+        feed_forward = isinstance(site, StreamSite) and site.branch != "attention"
+        return site.default and (feed_forward or self.placement == "houlsby")
+
+    def reads_input(self) -> bool:
+        return self.placement == "parallel"
+
+    def init(self, site: StreamSite) -> dict[str, Tensor]:
+        width = max(1, int(site.width / self.reduction_factor))
+        bound = 1 / site.width**0.5
+        return {
+            "down": torch.empty(width, site.width).uniform_(-bound, bound),
+            "down_bias": torch.zeros(width),
+            "up": torch.zeros(site.width, width),
+            "up_bias": torch.zeros(site.width),
+        }
+
+    def stream(self, x: Tensor | None, y: Tensor, p: Tensors) -> Tensor:
+        h = y if x is None else x
+        inner = _ACTIVATIONS[self.activation](h @ p["down"].mT + p["down_bias"].unsqueeze(-2))
+        return y + self.scale * (inner @ p["up"].mT + p["up_bias"].unsqueeze(-2))
