@@ -1,0 +1,11 @@
+"""Where a model can be adapted: found by tracing one forward, chosen by role, path or predicate."""
+
+from __future__ import annotations
+
+from adapters._sites.aside import Unreached
+from adapters._sites.discover import sites
+from adapters._sites.map import SiteMap
+from adapters._sites.probe import Example, example_inputs
+from adapters._sites.select import Predicate, Targets, matches, select
+
+__all__ = ["Example", "example_inputs", "matches", "Predicate", "select", "SiteMap", "sites", "Targets", "Unreached"]

@@ -1,0 +1,132 @@
+"""Weights that are sites but not adapted by default, and weights that are no sites at all, each with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from torch import nn
+
+from adapters._contract import WeightSite
+from adapters._sites.graph import Graph, Value, ancestors
+from adapters._sites.streams import Branch
+from adapters._sites.weights import block_of, matrix, split
+
+_ROUTER = "decides which experts run; adapting it changes the routing"
+_NO_GRADIENT = "its output only selects, so its weight gets no gradient"
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """A weight of `size` parameters that is no site, and why."""
+
+    path: str
+    reason: str
+    size: int
+
+
+def set_aside(
+    graph: Graph,
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    roles: Mapping[str, str],
+    branches: list[Branch],
+) -> dict[str, tuple[str, str]]:
+    """Role and reason of every used weight that stays outside the default."""
+    output = _output_weights(model)
+    embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    last = max((b.total for b in branches), key=lambda v: v.index, default=None)
+    before_end = ancestors(last) if last is not None else None
+    trained = _differentiable(graph.results)
+    blocks = {block_of(b.call.path) for b in branches} - {""}
+    found: dict[str, tuple[str, str]] = {}
+    for use in graph.uses:
+        for weight in use.weights & parameters.keys():
+            key = id(parameters[weight])
+            if key in embedded:
+                found[weight] = "embedding-tied", "tied to an embedding; a change would also change the embedding"
+            elif key in output:
+                found[weight] = "head", "the output embeddings"
+            elif before_end is not None and use.index not in before_end and block_of(weight) not in blocks:
+                found[weight] = "head", "a head: it follows the last residual stream"
+            elif roles.get(weight) == "router":
+                found[weight] = "router", _ROUTER
+            elif use.index not in trained:
+                found.setdefault(weight, (roles.get(weight, "other"), _NO_GRADIENT))
+    return found
+
+
+def _output_weights(model: nn.Module) -> set[int]:
+    try:
+        module = getattr(model, "get_output_embeddings", lambda: None)()
+    except (NotImplementedError, AttributeError):
+        module = None
+    return {id(p) for p in module.parameters()} if isinstance(module, nn.Module) else set()
+
+
+def _differentiable(results: list[Value]) -> set[int]:
+    """Indices of the values from which a gradient can flow: not through indices, comparisons and detached tensors."""
+    seen: set[int] = set()
+    todo = list(results)
+    while todo:
+        value = todo.pop()
+        if value.index not in seen and value.floating:
+            seen.add(value.index)
+            todo.extend(() if value.op == "detach" else value.parents)
+    return seen
+
+
+def generalise(
+    sites: list[WeightSite],
+    graph: Graph,
+    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+) -> tuple[list[WeightSite], list[Unreached]]:
+    """Sites for weights the probe missed whose sibling it met, such as experts no token was sent to; and the rest."""
+    known = {id(parameters[site.path]) for site in sites}
+    siblings = {_pattern(site.path): site for site in sites}
+    more: list[WeightSite] = []
+    left = list(_convolutions(graph, parameters))
+    for path, module, parameter in _linear_like(modules, sites):
+        if id(parameter) in known:
+            continue
+        known.add(id(parameter))
+        sibling = siblings.get(_pattern(path))
+        if sibling is not None and type(modules[sibling.owner]) is type(module):
+            more.append(_like(sibling, path, *matrix(module, parameter)))
+        else:
+            left.append(Unreached(path, "the probe did not call it", prod(matrix(module, parameter))))
+    return more, left
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\d+", "*", path)
+
+
+def _like(sibling: WeightSite, path: str, rows: int, columns: int) -> WeightSite:
+    n_out, n_in = (columns, rows) if sibling.transposed else (rows, columns)
+    owner = split(path)[0]
+    return replace(sibling, path=path, owner=owner, n_in=n_in, n_out=n_out, block=block_of(path), aliases=())
+
+
+def _linear_like(
+    modules: Mapping[str, nn.Module], sites: list[WeightSite]
+) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    called = {type(modules[site.owner]) for site in sites if site.access == "call"} | {nn.Linear}
+    for owner, module in modules.items():
+        weight = module._parameters.get("weight")
+        if type(module) in called and weight is not None and weight.dim() == 2:
+            yield (f"{owner}.weight" if owner else "weight"), module, weight
+
+
+def _convolutions(graph: Graph, parameters: Mapping[str, nn.Parameter]) -> Iterator[Unreached]:
+    seen: set[str] = set()
+    for use in graph.uses:
+        for weight in sorted(use.weights & parameters.keys() - seen):
+            seen.add(weight)
+            if not use.linear:
+                yield Unreached(weight, "a convolution, which methods do not act on", parameters[weight].numel())
+            elif parameters[weight].dim() > 3:
+                yield Unreached(weight, "more than three dimensions", parameters[weight].numel())

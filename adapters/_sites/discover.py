@@ -1,0 +1,88 @@
+"""Finds the sites of a model by running it once on a tiny batch; no architecture is known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from torch import nn
+
+from adapters._errors import AdapterError
+from adapters._sites.aside import generalise, set_aside
+from adapters._sites.graph import Graph
+from adapters._sites.map import SiteMap
+from adapters._sites.places import keyvalue_sites, stream_sites
+from adapters._sites.probe import Example, examples
+from adapters._sites.roles import find_roles
+from adapters._sites.still import observed_attention, stand_ins, still
+from adapters._sites.streams import find_branches
+from adapters._sites.trace import Tracer, record
+from adapters._sites.weights import weight_sites
+
+
+def sites(model: nn.Module, example: Example = None) -> SiteMap:
+    """Every place of `model` where a method can act, found by one traced forward without gradients.
+
+    The model comes back bit for bit as it was, and no random state moves.
+
+    Args:
+        model: Any module; nothing is assumed about its names or its architecture.
+        example: Arguments of a small forward, at least two rows and tokens: a mapping of keyword arguments, a
+            sequence of positional ones, or a tensor. Made up where the model takes `input_ids` or `pixel_values`.
+
+    Raises:
+        AdapterError: The model could not be run on the example, or on one made up for it.
+    """
+    modules = dict(_modules(model))
+    parameters = {
+        f"{path}.{name}" if path else name: parameter
+        for path, module in _modules(model, once=False)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    graph = _run(model, modules, parameters, example)
+    branches = find_branches(graph, modules)
+    roles = find_roles(graph, branches)
+    aside = set_aside(graph, model, parameters, roles, branches)
+    weights = weight_sites(graph, modules, parameters, roles, aside)
+    more, unreached = generalise(weights, graph, modules, parameters)
+    return SiteMap(
+        model=_class_name(model),
+        weights=(*weights, *more),
+        streams=tuple(stream_sites(graph, branches)),
+        keyvalues=tuple(keyvalue_sites(graph)),
+        unreached=tuple(unreached),
+    )
+
+
+def _run(
+    model: nn.Module, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter], example: Example
+) -> Graph:
+    failure: Exception | None = None
+    for args, kwargs in examples(model, example):
+        tracer = Tracer(parameters, modules)
+        try:
+            with still(model), stand_ins(tracer), observed_attention(tracer):
+                return record(tracer, partial(model, *args, **kwargs))
+        except Exception as error:  # whatever a stranger's forward may raise; it is passed on below
+            failure = failure or error
+    raise AdapterError(
+        f"the sites of {type(model).__name__} are found by running it once, and it failed with "
+        f"{type(failure).__name__}: {failure}; pass an example that it accepts, as in sites(model, example={{...}})"
+    ) from failure
+
+
+def _modules(model: nn.Module, once: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules by path, without adapters that are attached to it."""
+    hidden: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=once):
+        if getattr(module, "is_adapter_container", False) is True:
+            hidden.append(path + ".")
+        elif not any(path.startswith(prefix) for prefix in hidden):
+            yield path, module
+
+
+def _class_name(model: nn.Module) -> str:
+    """The class as its author named it: attaching swaps in subclasses made at run time."""
+    base = next((c for c in type(model).__mro__ if "<locals>" not in c.__qualname__), type(model))
+    return base.__name__

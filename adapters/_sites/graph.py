@@ -1,0 +1,126 @@
+"""The dataflow of one forward: values, uses of weights, calls of modules and attentions. Records only."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias
+
+from adapters._contract import Key
+
+Slot: TypeAlias = Key | tuple[int | str, int]  # an argument, or an element of an argument that is a tuple
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """A tensor at one moment: an in-place operation makes a new value.
+
+    `weights` are the parameters this value is a pure function of; `live` means that it depends on parameters and on
+    the input, which tells activations from masks and positions. `flipped` says that the last two axes of a weight
+    are swapped against its storage.
+    """
+
+    index: int
+    op: str
+    parents: tuple[Value, ...]
+    shape: tuple[int, ...]
+    floating: bool
+    weights: frozenset[str] = frozenset()
+    live: bool = False
+    flipped: bool = False
+    use: Use | None = None
+
+    @property
+    def active(self) -> tuple[Value, ...]:
+        """The parents that are activations."""
+        return tuple(p for p in self.parents if p.floating and p.live)
+
+
+@dataclass(eq=False, slots=True)
+class Use:
+    """A product of an activation `x` with weights; `inner` is the storage axis it sums over, -1 or -2, if known."""
+
+    weights: frozenset[str]
+    op: str
+    module: str
+    x: Value
+    out: Value
+    inner: int | None
+
+    @property
+    def index(self) -> int:
+        return self.out.index
+
+    @property
+    def linear(self) -> bool:
+        return not self.op.startswith("conv")
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """A call of the module at `path`; values with an index from `start` to `end` were made inside it."""
+
+    path: str
+    start: int
+    end: int = -1
+    inputs: dict[Slot, Value] = field(default_factory=dict)
+    outputs: dict[Key, Value] = field(default_factory=dict)
+
+    def holds(self, index: int) -> bool:
+        return self.start <= index < self.end
+
+
+@dataclass(eq=False, slots=True)
+class Attention:
+    """One attention; `path` is empty where it did not go through transformers' attention interface."""
+
+    query: Value
+    key: Value
+    value: Value
+    path: str = ""
+    causal: bool = True
+
+
+@dataclass(eq=False)
+class Graph:
+    values: list[Value] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    products: list[tuple[Value, tuple[Value, ...]]] = field(default_factory=list)  # of two activations
+    attentions: list[Attention] = field(default_factory=list)
+    results: list[Value] = field(default_factory=list)  # what the model returned
+
+    @cached_property
+    def producers(self) -> dict[int, list[tuple[Call, Key]]]:
+        """Which calls returned a value, and as which of their outputs, by the value's index."""
+        found: dict[int, list[tuple[Call, Key]]] = defaultdict(list)
+        for call in self.calls:
+            for key, value in call.outputs.items():
+                found[value.index].append((call, key))
+        return found
+
+    @cached_property
+    def calls_of(self) -> dict[str, list[Call]]:
+        found: dict[str, list[Call]] = defaultdict(list)
+        for call in self.calls:
+            found[call.path].append(call)
+        return found
+
+    @cached_property
+    def mixers(self) -> frozenset[int]:
+        """Indices of the values in which activations of different tokens meet through a product."""
+        return frozenset(value.index for value, _ in self.products)
+
+
+def ancestors(values: Value | Iterable[Value], floor: int = 0) -> dict[int, Value]:
+    """The values themselves and all they were made from, down to index `floor`."""
+    seen: dict[int, Value] = {}
+    todo = [values] if isinstance(values, Value) else list(values)
+    while todo:
+        value = todo.pop()
+        if value.index >= floor and value.index not in seen:
+            seen[value.index] = value
+            todo.extend(value.parents)
+    return seen

@@ -1,0 +1,96 @@
+"""From the words of a user to sites: roles, paths, globs or a predicate, each of which must match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from adapters._contract import Method, Site, WeightSite
+from adapters._errors import AdapterError, nearest
+from adapters._sites.map import SiteMap
+
+Predicate: TypeAlias = Callable[[Site], bool]
+Targets: TypeAlias = str | Iterable[str] | Predicate | None
+
+
+def select(sites: SiteMap, method: Method, targets: Targets = None) -> tuple[Site, ...]:
+    """The sites on which `method` will act, in order of execution.
+
+    Args:
+        sites: The model's map.
+        method: Its kind decides which sites it can act on.
+        targets: None for what the method wants; a predicate over sites; or one or more of: a role (`mlp.down`), a
+            glob over roles (`attention.*`), a path with or without `.weight`, the end of a path (`q_proj`), a glob
+            over paths (`*.layers.0.*`), `all` for every default site.
+
+    Raises:
+        AdapterError: An entry matches nothing, or nothing is left to adapt.
+    """
+    known = sites.of(method.kind)
+    if not known:
+        raise AdapterError(
+            f"{sites.model} has no {method.kind} site, which {_name(method)} needs; it has {_kinds(sites)}"
+        )
+    if callable(targets):
+        chosen = [site for site in known if targets(site)]
+        asked = "the predicate given as targets"
+    elif targets is None:
+        chosen = [site for site in known if method.wants(site)]
+        asked = _name(method)
+    else:
+        entries = [targets] if isinstance(targets, str) else list(targets)
+        matches = [_matching(entry, known, sites.model, method.kind) for entry in entries]
+        chosen = [site for site in known if any(site in match for match in matches)]
+        asked = "an empty list of targets"
+    if not chosen:
+        raise AdapterError(
+            f"{asked} accepts none of the {len(known)} {method.kind} sites of {sites.model}; {_exist(known)}"
+        )
+    return tuple(chosen)
+
+
+def _matching(entry: str, known: Sequence[Site], model: str, kind: str) -> list[Site]:
+    if not isinstance(entry, str):
+        raise AdapterError(f"targets are strings or one predicate, not {type(entry).__name__}: {entry!r}")
+    found = [site for site in known if matches(entry, site)]
+    if not found:
+        words = [*_roles(known), *_ends(known), *(name for site in known for name in _paths(site))]
+        raise AdapterError(f"no {kind} site of {model} matches {entry!r}{nearest(entry, words)}; {_exist(known)}")
+    return found
+
+
+def matches(entry: str, site: Site) -> bool:
+    """Whether one entry of `targets` means this site."""
+    if entry == "all":
+        return site.default
+    names = _paths(site)
+    return fnmatchcase(site.role, entry) or any(
+        fnmatchcase(name, entry) or fnmatchcase(name, f"*.{entry}") for name in names
+    )
+
+
+def _paths(site: Site) -> list[str]:
+    paths = [site.path, *site.aliases] if isinstance(site, WeightSite) else [site.path]
+    return paths + [path.removesuffix(".weight") for path in paths if path.endswith(".weight")]
+
+
+def _roles(known: Sequence[Site]) -> list[str]:
+    return sorted({site.role for site in known})
+
+
+def _ends(known: Sequence[Site]) -> list[str]:
+    return sorted({_paths(site)[-1].rpartition(".")[2] for site in known})
+
+
+def _exist(known: Sequence[Site]) -> str:
+    return f"roles here: {', '.join(_roles(known))}; names here: {', '.join(_ends(known))}"
+
+
+def _kinds(sites: SiteMap) -> str:
+    counts = {kind: len(sites.of(kind)) for kind in ("weight", "stream", "keyvalue")}
+    return ", ".join(f"{count} {kind} sites" for kind, count in counts.items())
+
+
+def _name(method: Method) -> str:
+    return method.name or type(method).__name__

@@ -1,0 +1,174 @@
+"""Residual branches: what is added back to the stream it was computed from, and the module that returns it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from adapters._contract import Key
+from adapters._sites.graph import Call, Graph, Use, Value, ancestors
+from adapters._sites.operands import COPIES, SUMS, TOKEN_MIXES
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # what is added to them would be iterated over
+
+
+@dataclass(eq=False, slots=True)
+class Branch:
+    """`value`, computed from `stream` through `uses`, is added back to it in `total`; `call` returned it as `key`.
+
+    `returned` is that output: `value` itself, or what became it through a norm that follows the module.
+    """
+
+    stream: Value
+    value: Value
+    total: Value
+    inside: dict[int, Value]
+    uses: list[Use]
+    call: Call
+    key: Key
+    returned: Value
+    kind: str
+
+    @property
+    def sites(self) -> list[Use]:
+        return [use for use in self.uses if use.linear]
+
+
+def find_branches(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Branch]:
+    """All branches in order of execution, one per output of a module call."""
+    interfaced = {a.path for a in graph.attentions if a.path}
+    found: dict[tuple[int, str, Key], Branch] = {}
+    for total in graph.values:
+        if total.op not in SUMS or not total.floating or len(total.shape) < 2:
+            continue
+        terms, partial = _terms(graph, total)
+        for value in terms if len(terms) > 1 else ():
+            branch = _branch(graph, modules, total, value, [t for t in terms + partial if t is not value])
+            if branch is None:
+                continue
+            branch.kind = _kind(graph, branch, interfaced)
+            same = (branch.call.start, branch.call.path, branch.key)
+            if same not in found or branch.stream.index < found[same].stream.index:
+                found[same] = branch
+    return sorted(_without_nested(list(found.values())), key=lambda b: b.returned.index)
+
+
+def _terms(graph: Graph, total: Value) -> tuple[list[Value], list[Value]]:
+    """The activations a sum is made of, looking through sums of sums, and the partial sums in between."""
+    terms: list[Value] = []
+    partial: list[Value] = []
+    for parent in total.parents:
+        if not parent.floating or parent.weights or parent.shape != total.shape:
+            continue
+        bare = parent
+        while bare.op in COPIES and len(bare.active) == 1:
+            bare = bare.active[0]
+        if bare.op in SUMS and bare.index not in graph.producers and _addends(bare) == 2:
+            inner, between = _terms(graph, bare)
+            terms += inner
+            partial += [*between, bare]
+        else:
+            terms.append(parent)
+    return terms, partial
+
+
+def _addends(value: Value) -> int:
+    return sum(p.floating and not p.weights and p.shape == value.shape for p in value.parents)
+
+
+def _plain_sources(value: Value) -> list[Value]:
+    """The value and what it came from through a few steps that have one activation and no weight: a norm, a scale."""
+    sources, projected = [value], False
+    for _ in range(5):
+        if value.use is not None and value.use.op == "conv2d" and not projected:
+            projected, value = True, value.use.x  # the projected shortcut of convolutional nets
+        elif value.use is None and len(value.active) == 1:
+            value = value.active[0]
+        else:
+            break
+        sources.append(value)
+    return sources
+
+
+def _branch(
+    graph: Graph, modules: Mapping[str, nn.Module], total: Value, value: Value, others: list[Value]
+) -> Branch | None:
+    """The branch that ends in `value`: it starts at the nearest source of the other terms that it was made from."""
+    sources = {s.index: s for other in others for s in _plain_sources(other) if s.index < value.index}
+    for index in sorted(sources, reverse=True):
+        inside = ancestors(value, index)
+        uses = [v.use for i, v in sorted(inside.items()) if i > index and v.use is not None]
+        if index not in inside or not uses:
+            continue
+        place = _returned_by(graph, modules, sources[index], value, inside, uses)
+        return place and Branch(sources[index], value, total, inside, uses, *place, kind="")
+    return None
+
+
+def _returned_by(
+    graph: Graph,
+    modules: Mapping[str, nn.Module],
+    stream: Value,
+    value: Value,
+    inside: dict[int, Value],
+    uses: list[Use],
+) -> tuple[Call, Key, Value] | None:
+    """The outermost call that holds a use of the branch and returned its value, or what a later norm was given.
+
+    A norm after the sub-block (sandwich norms) has no weight site, so the walk goes on to its input: the sub-block
+    sees the branch's input, which the norm does not.
+    """
+    for _ in range(10):
+        if value.index <= stream.index:
+            return None
+        calls = graph.producers.get(value.index, [])
+        fit = [
+            (call, key)
+            for call, key in calls
+            if call.start > stream.index
+            and any(call.holds(use.index) for use in uses)
+            and not isinstance(modules[call.path], _CONTAINERS)
+        ]
+        if fit:
+            call, key = min(fit, key=lambda pair: (pair[0].start, -pair[0].end))
+            return call, key, value
+        outer = [call for call, _ in calls if call.start > stream.index and call.inputs]
+        given = [v for call in outer[-1:] for v in call.inputs.values() if v.index in inside and v is not value]
+        earlier = given or [p for p in value.active if p.index in inside]
+        if not earlier or (value.use is not None and not given):
+            return None
+        value = given[0] if given else max(earlier, key=lambda p: p.index)
+    return None
+
+
+def _kind(graph: Graph, branch: Branch, interfaced: set[str]) -> str:
+    """attention where two activations meet, ssm where a convolution or a scan along the tokens mixes them, else mlp."""
+    start = branch.stream.index
+    steps = [v for i, v in branch.inside.items() if i > start and v.floating]
+    if any(branch.call.path == path or path.startswith(branch.call.path + ".") for path in interfaced):
+        return "attention"
+    if any(v.op in TOKEN_MIXES and len(v.shape) >= 3 and not v.weights for v in steps):
+        return "ssm"
+    return "attention" if any(v.index in graph.mixers for v in steps) else "mlp"
+
+
+def _without_nested(branches: list[Branch]) -> list[Branch]:
+    """Drops a branch that holds several others, which is a container, and one that is the only one inside another."""
+    dropped: set[int] = set()
+    for branch in branches:
+        nested = [
+            other
+            for other in branches
+            if other is not branch
+            and other.stream.index > branch.stream.index
+            and other.returned.index < branch.returned.index
+            and other.call.start >= branch.stream.index
+            and other.returned.index in branch.inside
+        ]
+        if len(nested) == 1:
+            dropped.add(id(nested[0]))
+        elif nested:
+            dropped.add(id(branch))
+    return [b for b in branches if id(b) not in dropped]
