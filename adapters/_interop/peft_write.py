@@ -1,0 +1,143 @@
+"""A LoRA adapter as the files that stock PEFT, vLLM and mistral.rs read (PEFT 0.21's format)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from adapters._attach.swap import base_class
+from adapters._contract import Method, Site, WeightSite
+from adapters._interop.targets import base_modules, shortest
+from adapters.methods.lora import LoRA
+from adapters.methods.qlora import QLoRA
+
+PREFIX = "base_model.model."
+PARTS = {"a": "lora_A.weight", "b": "lora_B.weight"}
+TASKS = (
+    ("ForSequenceClassification", "SEQ_CLS"),
+    ("ForTokenClassification", "TOKEN_CLS"),
+    ("ForQuestionAnswering", "QUESTION_ANS"),
+)
+
+
+@dataclass(frozen=True)
+class PeftFiles:
+    """`adapter_config.json`, and PEFT's name for each of our tensors."""
+
+    config: bytes
+    keys: dict[str, str]
+
+
+def express(
+    model: nn.Module,
+    method: Method,
+    sites: Sequence[Site],
+    head: Sequence[str],
+    tensors: Sequence[str],
+    base: str | None,
+) -> PeftFiles | str:
+    """The adapter in PEFT's words, or the reason why PEFT has none for it.
+
+    Args:
+        tensors: our names of the adapter's tensors.
+        base: the base's name on the Hub, if it has one.
+    """
+    lora = method.lora() if isinstance(method, QLoRA) else method
+    if not isinstance(lora, LoRA):
+        return f"PEFT has no method that computes what {method.name!r} does"
+    modules = base_modules(model)
+    owners = {}
+    for site in sites:
+        reason = _inexpressible(site, modules)
+        if reason:
+            return reason
+        assert isinstance(site, WeightSite)
+        owners[site.path] = site.owner
+    targets = shortest(set(owners.values()), modules)
+    if targets is None:
+        return "no list of module names selects exactly the adapted modules"
+    saved = _heads(head, modules)
+    if saved is None:
+        return f"PEFT's modules_to_save cannot name {', '.join(head)} alone"
+    config = _config(lora, targets, saved, _transposed(sites), _task(model, head), base)
+    return PeftFiles((json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), _keys(tensors, owners))
+
+
+def _inexpressible(site: Site, modules: dict[str, nn.Module]) -> str:
+    if not isinstance(site, WeightSite):
+        return f"{site.path} is not a weight"
+    if site.access != "call" or site.experts is not None or site.parameter != "weight":
+        return f"PEFT cannot adapt {site.path}, which is read as a parameter and not called as a module"
+    shared = [path for path in site.aliases if isinstance(modules.get(path.rpartition(".")[0]), nn.Linear)]
+    if shared:
+        return f"{site.path} is also {shared[0]}, and PEFT would adapt only one of the two"
+    known = isinstance(modules[site.owner], nn.Linear) or base_class(modules[site.owner]).__name__ == "Conv1D"
+    return "" if known else f"PEFT does not know the layer type of {site.owner}"
+
+
+def _heads(head: Sequence[str], modules: dict[str, nn.Module]) -> list[str] | None:
+    """Names for modules_to_save, which PEFT compares with the end of a path, dot or no dot."""
+    names = [path.rpartition(".")[2] for path in head]
+    if all({path for path in modules if path.endswith(name)} <= set(head) for name in names):
+        return sorted(set(names))
+    alone = all({path for path in modules if path.endswith(name)} == {name} for name in head)
+    return sorted(head) if alone else None
+
+
+def _transposed(sites: Sequence[Site]) -> bool:
+    return any(isinstance(site, WeightSite) and site.transposed for site in sites)
+
+
+def _task(model: nn.Module, head: Sequence[str]) -> str | None:
+    name = base_class(model).__name__
+    for ending, task in TASKS:
+        # with these task types PEFT trains and expects the head
+        if name.endswith(ending):
+            return task if head else None
+    can_generate = getattr(model, "can_generate", None)
+    if not callable(can_generate) or not can_generate():
+        return None
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
+
+
+def _config(
+    lora: LoRA, targets: list[str], saved: list[str], transposed: bool, task: str | None, base: str | None
+) -> dict[str, Any]:
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "modules_to_save": saved or None,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "rank_pattern": {},
+        "revision": None,
+        "target_modules": targets,
+        "task_type": task,
+        "use_dora": False,
+        "use_rslora": lora.rslora,
+    }
+
+
+def _keys(tensors: Sequence[str], owners: dict[str, str]) -> dict[str, str]:
+    keys = {}
+    for key in tensors:
+        path, _, name = key.rpartition(":")
+        is_head = path not in owners
+        keys[key] = (
+            f"{PREFIX}{path}.{name.removeprefix('head.')}" if is_head else f"{PREFIX}{owners[path]}.{PARTS[name]}"
+        )
+    return keys

@@ -1,0 +1,11 @@
+"""Adapter folders: written in one step, read strictly, tied to their base by a fingerprint."""
+
+from adapters._attach import swap as _classes
+from adapters._store.fingerprint import check, fingerprint
+from adapters._store.load import inspect, load, swap
+from adapters._store.reports import AdapterInfo, LoadReport, SaveReport
+from adapters._store.save import save, save_attached
+
+_classes.save_attached = save_attached  # `save_pretrained` of an adapted model comes back here
+
+__all__ = ["AdapterInfo", "LoadReport", "SaveReport", "check", "fingerprint", "inspect", "load", "save", "swap"]

@@ -1,0 +1,63 @@
+"""`README.md` of an adapter folder: a model card that the Hub can read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from adapters._store.bundle import Bundle
+
+MARK = "<!-- written by adapters; a file without this line is never replaced -->"
+
+
+def ours(existing: bytes | None) -> bool:
+    """Whether a README may be replaced: there is none, or it is one that we wrote."""
+    return existing is None or MARK.encode() in existing
+
+
+def card(bundle: Bundle, parameters: int, base_name: str | None, peft: str) -> bytes:
+    """The text of the card: what the adapter is, how to load it, what is known of its training."""
+    front = ["---", "library_name: adapters", "tags:", "- adapter", f"- {json.dumps(bundle.method.name)}"]
+    if base_name:
+        front.append(f"base_model: {json.dumps(base_name)}")
+    base = bundle.base or {}
+    shown = base_name or base.get("class", "the base model")
+    lines = [
+        *front,
+        "---",
+        MARK,
+        f"# {_plain(bundle.name)}",
+        "",
+        f"An adapter ({bundle.method.name}, {parameters:,} parameters) for {shown}.",
+        "It holds only the trained tensors; the base model is loaded beside it and stays as it is.",
+        "",
+        "```python",
+        "import adapters",
+        "",
+        f"model, tokenizer = adapters.load_base({json.dumps(base_name or '<the base model>')})",
+        'adapters.load(model, "<this folder>")',
+        "```",
+        "",
+        f"Stock PEFT can {'also read this folder' if peft == 'written' else f'not read this folder: {peft}'}.",
+        "",
+        *_table("Method", _fields(bundle)),
+        *_table("Training", bundle.training),
+        *_table("Written with", bundle.versions),
+    ]
+    return ("\n".join(lines).rstrip() + "\n").encode()
+
+
+def _fields(bundle: Bundle) -> dict[str, Any]:
+    return {key: getattr(bundle.method, key) for key in bundle.method.__dataclass_fields__}
+
+
+def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
+    if not rows:
+        return []
+    body = [f"| {_plain(str(key))} | {_plain(str(value))} |" for key, value in rows.items()]
+    return [f"## {title}", "", "| | |", "|---|---|", *body, ""]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())[:300]

@@ -1,0 +1,158 @@
+"""Recognises a base model by a few blocks of every weight, in any of fp32, bf16, fp16 and nf4.
+
+How far apart right and wrong are is measured in tests/test_fingerprint.py; PLACEHOLDER
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from adapters._attach import base_parameters
+from adapters._attach.swap import base_class
+from adapters._errors import DamagedAdapter, WrongBase
+from adapters._store.compare import Difference, compare
+from adapters._store.sample import Sample, restore, sample
+
+FORMAT = 1
+MOST_BLOCKS, FEWEST, ALL_BLOCKS, MOST_WEIGHTS = 16, 4, 4096, 1024
+FLOAT_LIMIT, CODE_LIMIT, SCALE_LIMIT = 0.01, 0.015, 0.006
+
+
+def fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> dict[str, Any]:
+    """What identifies the base of `model`: a function of its weights alone, whatever is attached to it.
+
+    Args:
+        exclude: paths of modules that belong to an adapter (trained heads) and not to the base.
+
+    Returns:
+        JSON-able: class, model type, and for every parameter its shape, stored dtype, further names (tied weights)
+        and sampled values; for more than 1,024 parameters, values of 1,024 spread evenly over them.
+    """
+    found = dict(_named(model, exclude))
+    count = max(FEWEST, min(MOST_BLOCKS, ALL_BLOCKS // max(1, len(found))))
+    read = set(list(found)[:: -(-len(found) // MOST_WEIGHTS) or 1])
+    entries = {}
+    for path, (module, parameter, aliases) in found.items():
+        entry = sample(module, parameter, count if path in read else 0, path).record()
+        entries[path] = {**entry, **({"aliases": aliases} if aliases else {}), "sampled": path in read}
+    return {"format": FORMAT, **identity(model), "blocks": count, "parameters": entries}
+
+
+def identity(model: nn.Module) -> dict[str, str]:
+    """Class and family of a model."""
+    config = getattr(model, "config", None)
+    return {"class": base_class(model).__name__, "model_type": str(getattr(config, "model_type", "") or "")}
+
+
+def digest(recorded: Mapping[str, Any]) -> str:
+    """A short name for a fingerprint, to show and to compare by eye."""
+    return hashlib.sha256(repr(sorted(recorded.items(), key=str)).encode()).hexdigest()[:12]
+
+
+def check(recorded: Mapping[str, Any], model: nn.Module, exclude: Collection[str] = ()) -> str:
+    """Compares a model with a recorded fingerprint and says in one sentence how they were found to agree.
+
+    Raises:
+        WrongBase: they differ; the sentence names the first of class, missing or extra weights, shapes, values.
+        DamagedAdapter: the record is not a fingerprint.
+    """
+    entries, blocks = _entries(recorded)
+    for key, have in identity(model).items():
+        if recorded[key] != have:
+            what = "class" if key == "class" else "model type"
+            raise WrongBase(f"the adapter's base has the {what} {recorded[key]!r}, this model {have!r}.")
+    live = {name: (module, p) for path, (module, p, more) in _named(model, exclude) for name in (path, *more)}
+    _same_names(entries, live)
+    differences: list[Difference] = []
+    skipped = 0
+    for path, entry in entries.items():
+        old = restore(entry, path)
+        new = sample(*live[path], blocks if entry["sampled"] else 0, path)
+        _same_shape(path, old, new)
+        found = compare(path, old, new) if entry["sampled"] else None
+        skipped += found is None
+        differences += [found] if found is not None else []
+    _judge(differences)
+    values = sum(difference.count for difference in differences)
+    left = f"; {skipped} could not be compared in their formats" if skipped else ""
+    return f"the base is the one recorded: {len(differences)} weights agree in {values:,} sampled values{left}."
+
+
+def _named(
+    model: nn.Module, exclude: Collection[str]
+) -> Iterator[tuple[str, tuple[nn.Module, nn.Parameter, list[str]]]]:
+    """Every base parameter once, under the first of its names in the alphabet, with its other names; sorted."""
+    names: dict[int, list[str]] = {id(parameter): [] for parameter in base_parameters(model).values()}
+    where: dict[str, tuple[nn.Module, nn.Parameter]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            path = f"{prefix}.{name}" if prefix else name
+            if parameter is not None and id(parameter) in names and not _within(path, exclude):
+                names[id(parameter)].append(path)
+                where[path] = (module, parameter)
+    for first, *more in sorted(sorted(paths) for paths in names.values() if paths):
+        yield first, (*where[first], more)
+
+
+def _within(path: str, modules: Collection[str]) -> bool:
+    return any(path.startswith(f"{module}.") for module in modules)
+
+
+def _entries(recorded: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], int]:
+    entries, blocks = recorded.get("parameters"), recorded.get("blocks")
+    known = recorded.get("format") == FORMAT and isinstance(recorded.get("class"), str)
+    if not known or not isinstance(entries, dict) or not isinstance(blocks, int) or "model_type" not in recorded:
+        raise DamagedAdapter("the record of the adapter's base is not one that this version can read.")
+    for entry in entries.values():
+        if not isinstance(entry, dict) or not isinstance(entry.get("sampled"), bool):
+            raise DamagedAdapter("the record of the adapter's base holds something other than weights.")
+    return entries, blocks
+
+
+def _same_names(entries: Mapping[str, Mapping[str, Any]], live: Collection[str]) -> None:
+    known = {name for path, entry in entries.items() for name in (path, *entry.get("aliases", ()))}
+    missing, extra = sorted(known - set(live)), sorted(set(live) - known)
+    if missing:
+        raise WrongBase(
+            f"this model lacks {len(missing)} of the {len(known)} weights of the adapter's base{_such(missing)}."
+        )
+    if extra:
+        raise WrongBase(f"this model has {len(extra)} weights that the adapter's base had not{_such(extra)}.")
+
+
+def _such(paths: list[str]) -> str:
+    return f", {paths[0]}" if len(paths) == 1 else f", the first of them {paths[0]}"
+
+
+def _same_shape(path: str, old: Sample, new: Sample) -> None:
+    # an unknown quantiser packs its weights into another shape
+    if old.comparable and new.comparable and old.shape != new.shape:
+        raise WrongBase(f"{path} has the shape {list(old.shape)} in the adapter's base and {list(new.shape)} here.")
+
+
+def _judge(differences: list[Difference]) -> None:
+    """Refuses when a weight differs by more than its rounding can explain."""
+    rates = [difference.rate for difference in differences if difference.coarse and difference.count]
+    usual = statistics.median(rates) if rates else 0.0  # what another rounding path does to every weight alike
+    wrong = [difference for difference in differences if _differs(difference, usual)]
+    if not wrong:
+        return
+    worst = max(wrong, key=lambda difference: (difference.rate, difference.scale))
+    how = f"{worst.rate:.1%} of its sampled values" if worst.moved else f"its scale, by {worst.scale:.1%}"
+    raise WrongBase(
+        f"the weights are not those of the adapter's base: {len(wrong)} of {len(differences)} differ, "
+        f"{worst.path} in {how}."
+    )
+
+
+def _differs(found: Difference, usual: float) -> bool:
+    if not found.coarse:
+        return found.moved > FLOAT_LIMIT * found.count
+    expected = min(usual, CODE_LIMIT) * found.count
+    # five standard deviations of a Poisson count, and 4 for values on the very edge of a code
+    return found.moved > expected + 5 * expected**0.5 + 4 or found.scale > SCALE_LIMIT or usual > CODE_LIMIT

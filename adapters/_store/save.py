@@ -1,0 +1,159 @@
+"""Writes one attached adapter into a folder, in one step."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from adapters._attach import Adapter, adapters_of, tensors_of
+from adapters._errors import AdapterError, DamagedAdapter, nearest
+from adapters._interop.peft_write import PeftFiles, express
+from adapters._store import commit
+from adapters._store.bundle import CARD, CONFIG, OWNED, RECORD, WEIGHTS, Bundle, require_finite
+from adapters._store.card import card, ours
+from adapters._store.fingerprint import fingerprint
+from adapters._store.record import encode, json_safe
+from adapters._store.reports import SaveReport
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+LIBRARIES = ("adapter-registry", "torch", "transformers", "safetensors")
+
+
+def save(
+    model: nn.Module,
+    name: str,
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> SaveReport:
+    """Writes the adapter `name` of `model` into `folder`: its tensors, its record, a model card, PEFT's configuration.
+
+    Only the adapter's own four files are replaced, as one step that a crash cannot divide.
+
+    Args:
+        dtype: what the tensors are stored as ("bfloat16" halves the file and rounds them); None keeps their own.
+        facts: what to remember of the training: data, steps, scores; JSON-able.
+
+    Raises:
+        AdapterError: no such adapter, a tensor that is not finite, or a folder that cannot be written.
+    """
+    adapter = _find(model, name)
+    tensors, notes = _cast(tensors_of(model, name), dtype)
+    try:
+        require_finite(tensors, f"{name!r} was not saved")
+    except DamagedAdapter as error:  # here the model holds the damage, not a file
+        raise AdapterError(str(error)) from error
+    bundle = _bundle(model, adapter, tensors, facts or {})
+    base_name = (bundle.base or {}).get("name")
+    expressed = express(model, adapter.method, adapter.sites, adapter.head, list(tensors), base_name)
+    files = _files(bundle, expressed)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    peft = "written" if isinstance(expressed, PeftFiles) else expressed
+    owned = set(OWNED)
+    if ours(_existing_card(folder)):
+        files[CARD] = card(bundle, parameters, base_name, peft)
+    else:
+        owned.remove(CARD)
+        notes.append(f"{CARD} was written by someone else and stays as it is.")
+    commit.write(folder, files, owned)
+    sizes = {key: len(content) for key, content in files.items()}
+    return SaveReport(os.fspath(folder), name, sizes, len(tensors), parameters, peft, tuple(notes))
+
+
+def _find(model: nn.Module, name: str) -> Adapter:
+    attached = adapters_of(model)
+    if name not in attached:
+        have = f"Attached: {', '.join(attached)}." if attached else "None is attached."
+        raise AdapterError(f"no adapter {name!r} on this model{nearest(name, attached)} {have}")
+    return attached[name]
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> tuple[dict[str, Tensor], list[str]]:
+    target = None
+    if dtype is not None:
+        word = str(dtype).removeprefix("torch.")
+        target = DTYPES.get(SHORT.get(word, word))
+        if target is None:
+            raise AdapterError(f"dtype is {word!r}{nearest(word, DTYPES)} An adapter is stored as {', '.join(DTYPES)}.")
+    notes = []
+    stored = {}
+    for key, tensor in tensors.items():
+        stored[key] = tensor.detach().to("cpu", target or tensor.dtype).contiguous().clone()
+    down = sorted({str(t.dtype) for t in tensors.values() if target is not None and t.dtype.itemsize > target.itemsize})
+    if down:
+        notes.append(f"rounded from {', '.join(down).replace('torch.', '')} to {str(target).removeprefix('torch.')}.")
+    return stored, notes
+
+
+def _bundle(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Bundle:
+    config = getattr(model, "config", None)
+    labels = getattr(config, "id2label", None) if adapter.head else None
+    return Bundle(
+        name=adapter.name,
+        method=adapter.method,
+        sites=adapter.sites,
+        tensors=tensors,
+        head=adapter.head,
+        base={"name": base_name(model), **fingerprint(model, exclude=adapter.head)},
+        facts=json_safe(adapter.facts),
+        training=json_safe(facts),
+        labels={str(key): str(value) for key, value in labels.items()} if labels else None,
+        versions=_versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The base's name where others can find it; None for a path, which would tell of the machine it was saved on."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    known = re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name) is not None
+    return name if known and not os.path.exists(name) else None
+
+
+def _files(bundle: Bundle, expressed: PeftFiles | str) -> dict[str, bytes]:
+    keys = expressed.keys if isinstance(expressed, PeftFiles) else {key: key for key in bundle.tensors}
+    # "format" is what transformers and PEFT look for in the header
+    weights = safetensors.torch.save({keys[key]: tensor for key, tensor in bundle.tensors.items()}, {"format": "pt"})
+    config = expressed.config if isinstance(expressed, PeftFiles) else None
+    files = {WEIGHTS: weights, RECORD: encode(bundle, keys, config, weights)}
+    return {**files, CONFIG: config} if config is not None else files
+
+
+def _existing_card(folder: str | os.PathLike[str]) -> bytes | None:
+    if not os.path.isdir(folder):
+        return None
+    with commit.reading(folder) as view:
+        return view.get(CARD)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def save_attached(model: nn.Module, folder: str) -> None:
+    """What `save_pretrained` of an adapted model does: the adapter `default`, or the only one, into `folder`.
+
+    Further adapters go into subfolders of their names, as PEFT puts them.
+    """
+    names = list(adapters_of(model))
+    first = "default" if "default" in names else names[0]
+    for name in names:
+        if name != first and not commit.plain(name):
+            raise AdapterError(f"{name!r} cannot name a folder; save it with adapters.save into one that you choose.")
+    for name in names:
+        save(model, name, folder if name == first else os.path.join(folder, name))
