@@ -1,10 +1,10 @@
 """Adapter folders: written in one step, read strictly, tied to their base by a fingerprint."""
 
 from adapters._attach import swap as _classes
-from adapters._store.fingerprint import check, fingerprint
-from adapters._store.load import inspect, load, swap
+from adapters._store.fingerprints import check, fingerprint
+from adapters._store.loading import inspect, load, swap
 from adapters._store.reports import AdapterInfo, LoadReport, SaveReport
-from adapters._store.save import save, save_attached
+from adapters._store.saving import save, save_attached
 
 _classes.save_attached = save_attached  # `save_pretrained` of an adapted model comes back here
 

@@ -14,7 +14,7 @@ from adapters._errors import AdapterError, DamagedAdapter, WrongBase, nearest
 from adapters._interop.peft_read import parse_config, understand
 from adapters._store import commit
 from adapters._store.bundle import CONFIG, OWNED, RECORD, WEIGHTS, Bundle, method_record, require_finite
-from adapters._store.fingerprint import check
+from adapters._store.fingerprints import check
 from adapters._store.record import decode, parse
 from adapters._store.reports import AdapterInfo, LoadReport
 

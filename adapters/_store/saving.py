@@ -19,7 +19,7 @@ from adapters._interop.peft_write import PeftFiles, express
 from adapters._store import commit
 from adapters._store.bundle import CARD, CONFIG, OWNED, RECORD, WEIGHTS, Bundle, require_finite
 from adapters._store.card import card, ours
-from adapters._store.fingerprint import fingerprint
+from adapters._store.fingerprints import fingerprint
 from adapters._store.record import encode, json_safe
 from adapters._store.reports import SaveReport
 
