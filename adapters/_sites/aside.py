@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -12,7 +11,7 @@ from torch import nn
 from adapters._contract import WeightSite
 from adapters._sites.graph import Graph, Value, ancestors
 from adapters._sites.streams import Branch
-from adapters._sites.weights import block_of, matrix, split
+from adapters._sites.weights import block_of, matrix, obstacle, split
 
 _ROUTER = "decides which experts run; adapting it changes the routing"
 _NO_GRADIENT = "its output only selects, so its weight gets no gradient"
@@ -86,23 +85,25 @@ def generalise(
 ) -> tuple[list[WeightSite], list[Unreached]]:
     """Sites for weights the probe missed whose sibling it met, such as experts no token was sent to; and the rest."""
     known = {id(parameters[site.path]) for site in sites}
-    siblings = {_pattern(site.path): site for site in sites}
+    siblings = {pattern: site for site in reversed(sites) for pattern in _patterns(site.path)}
     more: list[WeightSite] = []
-    left = list(_convolutions(graph, parameters))
+    left = list(_obstructed(graph, parameters))
     for path, module, parameter in _linear_like(modules, sites):
         if id(parameter) in known:
             continue
         known.add(id(parameter))
-        sibling = siblings.get(_pattern(path))
-        if sibling is not None and type(modules[sibling.owner]) is type(module):
-            more.append(_like(sibling, path, *matrix(module, parameter)))
+        found = [siblings[pattern] for pattern in _patterns(path) if pattern in siblings]
+        if found and type(modules[found[0].owner]) is type(module):
+            more.append(_like(found[0], path, *matrix(module, parameter)))
         else:
             left.append(Unreached(path, "the probe did not call it", prod(matrix(module, parameter))))
     return more, left
 
 
-def _pattern(path: str) -> str:
-    return re.sub(r"\d+", "*", path)
+def _patterns(path: str) -> list[str]:
+    """The path with one of its numbers left open: siblings differ in the block or in the expert, not in both."""
+    parts = path.split(".")
+    return [".".join([*parts[:i], "*", *parts[i + 1 :]]) for i, part in enumerate(parts) if part.isdigit()]
 
 
 def _like(sibling: WeightSite, path: str, rows: int, columns: int) -> WeightSite:
@@ -121,12 +122,8 @@ def _linear_like(
             yield (f"{owner}.weight" if owner else "weight"), module, weight
 
 
-def _convolutions(graph: Graph, parameters: Mapping[str, nn.Parameter]) -> Iterator[Unreached]:
-    seen: set[str] = set()
-    for use in graph.uses:
-        for weight in sorted(use.weights & parameters.keys() - seen):
-            seen.add(weight)
-            if not use.linear:
-                yield Unreached(weight, "a convolution, which methods do not act on", parameters[weight].numel())
-            elif parameters[weight].dim() > 3:
-                yield Unreached(weight, "more than three dimensions", parameters[weight].numel())
+def _obstructed(graph: Graph, parameters: Mapping[str, nn.Parameter]) -> Iterator[Unreached]:
+    for weight, uses in graph.uses_of.items():
+        reason = obstacle(parameters[weight], uses) if weight in parameters else ""
+        if reason:
+            yield Unreached(weight, reason, parameters[weight].numel())

@@ -109,6 +109,15 @@ class Graph:
         return found
 
     @cached_property
+    def uses_of(self) -> dict[str, list[Use]]:
+        """The uses of each weight, weights in order of first use."""
+        found: dict[str, list[Use]] = defaultdict(list)
+        for use in self.uses:
+            for weight in sorted(use.weights):
+                found[weight].append(use)
+        return found
+
+    @cached_property
     def mixers(self) -> frozenset[int]:
         """Indices of the values in which activations of different tokens meet through a product."""
         return frozenset(value.index for value, _ in self.products)

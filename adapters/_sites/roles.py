@@ -139,7 +139,7 @@ class _Sources:
         if value.use is not None:
             self.fed |= uses
             return {(value.index, -1): False}
-        if value.op in CHOICES:
+        if value.op in CHOICES or (value.op == "max" and not value.floating):
             self.chosen |= uses
         elif value.op == "glu":
             self.fused |= uses

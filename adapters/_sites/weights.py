@@ -35,25 +35,29 @@ def weight_sites(
     aside: Mapping[str, tuple[str, str]],
 ) -> list[WeightSite]:
     """One site per weight in order of first use; `aside` gives role and reason of those outside the default."""
-    uses: dict[str, list[Use]] = defaultdict(list)
-    for use in graph.uses:
-        for weight in use.weights:
-            uses[weight].append(use)
     names: dict[int, list[str]] = defaultdict(list)
     for path, parameter in parameters.items():
         names[id(parameter)].append(path)
     sites = []
-    for weight, of_weight in uses.items():
-        linear = all(use.linear for use in of_weight)
-        if not linear or weight not in parameters or parameters[weight].dim() > 3:
+    for weight, uses in graph.uses_of.items():
+        if weight not in parameters or obstacle(parameters[weight], uses):
             continue
         paths = names[id(parameters[weight])]
-        called = [p for p in paths if split(p)[0] == of_weight[0].module]
+        called = [p for p in paths if split(p)[0] == uses[0].module]
         path = called[0] if called else weight
         aliases = tuple(p for p in paths if p != path)
         role, reason = aside.get(weight, (roles.get(weight, "other"), ""))
-        sites.append(_site(graph, modules, parameters[weight], path, aliases, of_weight, role, reason))
+        sites.append(_site(graph, modules, parameters[weight], path, aliases, uses, role, reason))
     return sites
+
+
+def obstacle(parameter: nn.Parameter, uses: list[Use]) -> str:
+    """Why a used weight is no site, or nothing."""
+    if not all(use.linear for use in uses):
+        return "a convolution, which methods do not act on"
+    if parameter.dim() > 3 or (parameter.dim() == 3 and any(use.inner is None for use in uses)):
+        return "multiplied in a layout that is neither a matrix nor a stack of experts"
+    return ""
 
 
 def _site(
