@@ -17,6 +17,7 @@ from adapters._sites.roles import find_roles
 from adapters._sites.still import observed_attention, stand_ins, still
 from adapters._sites.streams import find_branches
 from adapters._sites.trace import Tracer, record
+from adapters._sites.unbranched import unbranched
 from adapters._sites.weights import weight_sites
 
 
@@ -42,6 +43,7 @@ def sites(model: nn.Module, example: Example = None) -> SiteMap:
     }
     graph = _run(model, modules, parameters, example)
     branches = find_branches(graph, modules)
+    branches += unbranched(graph, modules, branches)
     roles = find_roles(graph, branches)
     aside = set_aside(graph, model, parameters, roles, branches)
     weights = weight_sites(graph, modules, parameters, roles, aside)

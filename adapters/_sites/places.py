@@ -16,6 +16,9 @@ def stream_sites(graph: Graph, branches: list[Branch]) -> list[StreamSite]:
     for branch in branches:
         axis = _axis(branch)
         slot = _input(branch)
+        tap = _tap(graph, branch) if slot is None else None
+        if slot is None and tap is None:
+            slot = _argument(branch)
         sites.setdefault(
             (branch.call.path, branch.key),
             StreamSite(
@@ -24,7 +27,7 @@ def stream_sites(graph: Graph, branches: list[Branch]) -> list[StreamSite]:
                 width=branch.returned.shape[axis],
                 output=branch.key,
                 input=slot,
-                tap=_tap(graph, branch) if slot is None else None,
+                tap=tap,
                 axis=axis,
                 block=block_of(branch.call.path),
             ),
@@ -49,6 +52,16 @@ def _starts(branch: Branch, value: Value) -> bool:
 def _input(branch: Branch) -> Key:
     for slot, value in branch.call.inputs.items():
         if not isinstance(slot, tuple) and _starts(branch, value):
+            return slot
+    return None
+
+
+def _argument(branch: Branch) -> Key:
+    """Where a weight mixes the stream on its way to a sub-block: the argument of that shape the sub-block is given."""
+    if sum(branch.call.holds(use.index) for use in branch.sites) < 2:
+        return None  # a single layer is given what the branch has become by then
+    for slot, value in branch.call.inputs.items():
+        if not isinstance(slot, tuple) and value.shape == branch.returned.shape and value.index in branch.inside:
             return slot
     return None
 

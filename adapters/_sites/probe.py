@@ -55,8 +55,8 @@ def _invented(model: nn.Module, names: set[str], rows: int) -> dict[str, Any]:
     made: dict[str, Any] = {"input_ids": ids}
     if "attention_mask" in names:
         made["attention_mask"] = torch.ones_like(ids)
-    if "decoder_input_ids" in names and _setting(model, "is_encoder_decoder"):
-        made["decoder_input_ids"] = ids[:, : TOKENS // 2]
+    if "decoder_input_ids" in names and _two_towers(model):
+        made["decoder_input_ids"] = ids  # of full length: classifiers mask the decoder's states by the input's ids
     if "bbox" in names:
         made["bbox"] = torch.tensor([1, 1, 3, 3], device=device).expand(rows, TOKENS, 4).clone()
     return made
@@ -82,7 +82,7 @@ def _ids(model: nn.Module, rows: int) -> Tensor:
     ids = 5 + (torch.arange(rows * TOKENS) * 7) % span if span > 1 else torch.zeros(rows * TOKENS)
     ids = ids.long().view(rows, TOKENS)
     end = _setting(model, "eos_token_id")
-    if isinstance(end, int) and _setting(model, "is_encoder_decoder"):
+    if isinstance(end, int) and _two_towers(model):
         ids[:, -1] = end  # sequence classifiers of this kind read the state at the end token
     return ids
 
@@ -94,6 +94,10 @@ def _pixels(model: nn.Module, rows: int) -> Tensor:
     channels = _setting(model, "num_channels")
     count = rows * (channels if isinstance(channels, int) else 3) * sides[0] * sides[1]
     return torch.linspace(-1.0, 1.0, count).view(rows, -1, *sides)
+
+
+def _two_towers(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _setting(model: nn.Module, name: str) -> Any:

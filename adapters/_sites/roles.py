@@ -21,9 +21,8 @@ def find_roles(graph: Graph, branches: list[Branch]) -> dict[str, str]:
         inside = [a for a in attentions if a.query.index in branch.inside]
         for weight, role in _branch_roles(graph, branch, inside).items():
             roles.setdefault(weight, role)
-    for attention in attentions:
-        for weight, role in _projections([attention], _nearest).items():
-            roles.setdefault(weight, role)
+    for weight, role in _projections(graph.attentions, _nearest).items():
+        roles.setdefault(weight, role)
     return roles
 
 
@@ -136,7 +135,7 @@ class _Sources:
             for source, curved in self._of.get(parent.index, {}).items():
                 merged[source] = merged.get(source, False) or curved
         uses = {use for use, _ in merged}
-        if value.use is not None:
+        if value.use is not None and value.use.linear:
             self.fed |= uses
             return {(value.index, -1): False}
         if value.op in CHOICES or (value.op == "max" and not value.floating):

@@ -11,7 +11,7 @@ from adapters._contract import Key
 from adapters._sites.graph import Call, Graph, Use, Value, ancestors
 from adapters._sites.operands import COPIES, SUMS, TOKEN_MIXES
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # what is added to them would be iterated over
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # what is added to them would be iterated over
 
 
 @dataclass(eq=False, slots=True)
@@ -38,7 +38,6 @@ class Branch:
 
 def find_branches(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Branch]:
     """All branches in order of execution, one per output of a module call."""
-    interfaced = {a.path for a in graph.attentions if a.path}
     found: dict[tuple[int, str, Key], Branch] = {}
     for total in graph.values:
         if total.op not in SUMS or not total.floating or len(total.shape) < 2:
@@ -48,7 +47,7 @@ def find_branches(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Branch
             branch = _branch(graph, modules, total, value, [t for t in terms + partial if t is not value])
             if branch is None:
                 continue
-            branch.kind = _kind(graph, branch, interfaced)
+            branch.kind = kind_of(graph, branch)
             same = (branch.call.start, branch.call.path, branch.key)
             if same not in found or branch.stream.index < found[same].stream.index:
                 found[same] = branch
@@ -102,7 +101,9 @@ def _branch(
         uses = [v.use for i, v in sorted(inside.items()) if i > index and v.use is not None]
         if index not in inside or not uses:
             continue
-        place = _returned_by(graph, modules, sources[index], value, inside, uses)
+        # a convolution after the sub-block is not the sub-block, unless the branch has nothing else
+        of_sites = [use for use in uses if use.linear] or uses
+        place = _returned_by(graph, modules, sources[index], value, inside, of_sites)
         return place and Branch(sources[index], value, total, inside, uses, *place, kind="")
     return None
 
@@ -129,7 +130,7 @@ def _returned_by(
             for call, key in calls
             if call.start > stream.index
             and any(call.holds(use.index) for use in uses)
-            and not isinstance(modules[call.path], _CONTAINERS)
+            and not isinstance(modules[call.path], CONTAINERS)
         ]
         if fit:
             call, key = min(fit, key=lambda pair: (pair[0].start, -pair[0].end))
@@ -139,15 +140,16 @@ def _returned_by(
         earlier = given or [p for p in value.active if p.index in inside]
         if not earlier or (value.use is not None and not given):
             return None
-        value = given[0] if given else max(earlier, key=lambda p: p.index)
+        wide = [p for p in earlier if p.shape[-1:] == value.shape[-1:]]  # a gate on the whole branch is narrower
+        value = given[0] if given else max(wide or earlier, key=lambda p: p.index)
     return None
 
 
-def _kind(graph: Graph, branch: Branch, interfaced: set[str]) -> str:
+def kind_of(graph: Graph, branch: Branch) -> str:
     """attention where two activations meet, ssm where a convolution or a scan along the tokens mixes them, else mlp."""
     start = branch.stream.index
-    steps = [v for i, v in branch.inside.items() if i > start and v.floating]
-    if any(branch.call.path == path or path.startswith(branch.call.path + ".") for path in interfaced):
+    steps = [v for i, v in branch.inside.items() if start < i <= branch.returned.index and v.floating]
+    if any(a.path and branch.call.holds(a.query.index) for a in graph.attentions):
         return "attention"
     if any(v.op in TOKEN_MIXES and len(v.shape) >= 3 and not v.weights for v in steps):
         return "ssm"

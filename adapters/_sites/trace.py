@@ -58,7 +58,10 @@ class Tracer(TorchFunctionMode):
                     return f"{self.stack[-1].path}.{name}"
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type == "meta" or not tensor.numel():
             return None
-        return self._storages.get(tensor.untyped_storage().data_ptr())
+        try:
+            return self._storages.get(tensor.untyped_storage().data_ptr())
+        except (NotImplementedError, RuntimeError):  # inside torch.func.vmap tensors have no storage
+            return None
 
     def _new(self, op: str, parents: tuple[Value, ...], tensor: Tensor, weights: frozenset[str] = frozenset()) -> Value:
         live = not weights and any(p.floating and (p.live or p.weights) for p in parents)
