@@ -9,11 +9,13 @@ from math import prod
 from torch import nn
 
 from adapters._contract import WeightSite
-from adapters._sites.graph import Graph, Value, ancestors
+from adapters._sites.graph import Graph, Use, Value, ancestors
 from adapters._sites.streams import Branch
 from adapters._sites.weights import block_of, matrix, obstacle, split
 
-_ROUTER = "decides which experts run; adapting it changes the routing"
+_TIED = "tied to an embedding; a change would also change the embedding"
+_HEAD = "a head: it follows the last residual stream"
+_ROUTER = "chooses or weighs experts; adapting it changes the routing"
 _NO_GRADIENT = "its output only selects, so its weight gets no gradient"
 
 
@@ -36,25 +38,37 @@ def set_aside(
     """Role and reason of every used weight that stays outside the default."""
     output = _output_weights(model)
     embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    last = max((b.total for b in branches), key=lambda v: v.index, default=None)
-    before_end = ancestors(last) if last is not None else None
+    after = _after_the_stream(graph, branches)
     trained = _differentiable(graph.results)
-    blocks = {block_of(b.call.path) for b in branches} - {""}
-    found: dict[str, tuple[str, str]] = {}
-    for use in graph.uses:
-        for weight in use.weights & parameters.keys():
-            key = id(parameters[weight])
-            if key in embedded:
-                found[weight] = "embedding-tied", "tied to an embedding; a change would also change the embedding"
-            elif key in output:
-                found[weight] = "head", "the output embeddings"
-            elif before_end is not None and use.index not in before_end and block_of(weight) not in blocks:
-                found[weight] = "head", "a head: it follows the last residual stream"
-            elif roles.get(weight) == "router":
-                found[weight] = "router", _ROUTER
-            elif use.index not in trained:
-                found.setdefault(weight, (roles.get(weight, "other"), _NO_GRADIENT))
-    return found
+
+    def verdict(weight: str, uses: list[Use]) -> tuple[str, str] | None:
+        role = roles.get(weight, "other")
+        if id(parameters[weight]) in embedded:
+            return "embedding-tied", _TIED
+        if id(parameters[weight]) in output:
+            return "head", "the output embeddings"
+        if weight in after:
+            return "head", _HEAD
+        if role == "router":
+            return role, _ROUTER
+        return None if any(use.index in trained for use in uses) else (role, _NO_GRADIENT)
+
+    verdicts = {w: verdict(w, uses) for w, uses in graph.uses_of.items() if w in parameters}
+    return {weight: found for weight, found in verdicts.items() if found is not None}
+
+
+def _after_the_stream(graph: Graph, branches: list[Branch]) -> set[str]:
+    """Weights that the last sum of the residual stream does not depend on, outside the blocks that have branches."""
+    if not branches:
+        return set()
+    last = max((branch.total for branch in branches), key=lambda value: value.index)
+    before = ancestors(last)
+    blocks = {block_of(branch.call.path) for branch in branches} - {""}
+    return {
+        weight
+        for weight, uses in graph.uses_of.items()
+        if block_of(weight) not in blocks and not any(use.index in before for use in uses)
+    }
 
 
 def _output_weights(model: nn.Module) -> set[int]:

@@ -138,17 +138,20 @@ class _Sources:
         if value.use is not None and value.use.linear:
             self.fed |= uses
             return {(value.index, -1): False}
-        if value.op in CHOICES or (value.op == "max" and not value.floating):
-            self.chosen |= uses
-        elif value.op == "glu":
-            self.fused |= uses
-        elif value.op in TIMES and len(value.active) == 2:
-            self._times(*value.active)
-        elif value.op in CURVES:
+        self._note(value, uses)
+        if value.op in CURVES:
             return dict.fromkeys(merged, True)
-        elif value.op in NARROWS and value.active and value.shape[-1:] < value.active[0].shape[-1:]:
+        if value.op in NARROWS and value.active and value.shape[-1:] < value.active[0].shape[-1:]:
             return {(use, value.index if part < 0 else part): curved for (use, part), curved in merged.items()}
         return merged
+
+    def _note(self, value: Value, uses: set[int]) -> None:
+        if value.op in CHOICES or (value.op == "max" and not value.floating):
+            self.chosen |= uses
+        if value.op == "glu":
+            self.fused |= uses
+        if value.op in TIMES and len(value.active) == 2:
+            self._times(*value.active)
 
     def _times(self, left: Value, right: Value) -> None:
         a, b = self._of.get(left.index, {}), self._of.get(right.index, {})

@@ -170,13 +170,12 @@ class Tracer(TorchFunctionMode):
 
 def _slots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Slot, Tensor]]:
     arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    slots: list[tuple[Slot, Any]] = [*arguments]
     for key, argument in arguments:
-        if isinstance(argument, Tensor) and argument.is_floating_point():
-            yield key, argument
-        elif isinstance(argument, tuple | list):
-            for i, element in enumerate(argument):
-                if isinstance(element, Tensor) and element.is_floating_point():
-                    yield (key, i), element
+        slots += [
+            ((key, i), element) for i, element in enumerate(argument if isinstance(argument, tuple | list) else ())
+        ]
+    return ((slot, t) for slot, t in slots if isinstance(t, Tensor) and t.is_floating_point())
 
 
 def _outputs(out: Any) -> Iterator[tuple[Key, Tensor]]:
