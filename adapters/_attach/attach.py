@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import _registry
+from adapters._attach.entries import bare_copy
 from adapters._attach.install import base_parameters, install, remove
 from adapters._attach.report import AttachReport, describe
 from adapters._attach.start import prefix_start
@@ -77,7 +78,7 @@ def attach(
     notes += [str(note) for note in facts.values()]
     tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     for path in heads:
-        parameters = model.get_submodule(path).named_parameters()
+        parameters = bare_copy(model.get_submodule(path)).named_parameters()
         tensors.update({f"{path}:head.{key}": p.detach().to(dtype).clone() for key, p in parameters})
     install(model, name, chosen_method, chosen, tensors, head=heads, trainable=True, facts=facts)
     roles, share, left = describe(found, chosen)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from adapters._attach.container import CHILD, CalledWeight, Container, Entry, KeyValue, ReadWeight, Replica, Stream
-from adapters._attach.state import Adapter, State
-from adapters._attach.swap import CALL, HOLD, READ, TAP, TAPPED_BY, add_faces, base_class
+from adapters._attach.state import STATE, Adapter, State
+from adapters._attach.swap import CALL, FACES, HOLD, READ, TAP, TAPPED_BY, add_faces, base_class, strip
 from adapters._attach.weights import base_weight
 from adapters._contract import (
     KeyValueMethod,
@@ -100,7 +100,8 @@ def _at_weight(
         fresh = base_class(owner).forward is nn.Linear.forward or is_quantized(w.stored)
         entry = CalledWeight(method, site, given, w, fresh)
     # a parameter that several modules share has one adapter, which acts at each of them
-    return [Made(*_location(slot, alias, site), entry, _face(alias, site)) for alias in (site.path, *site.aliases)]
+    shared = [path for path in site.aliases if not isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Embedding)]
+    return [Made(*_location(slot, path, site), entry, _face(path, site)) for path in (site.path, *shared)]
 
 
 def _face(path: str, site: WeightSite) -> str:
@@ -108,7 +109,7 @@ def _face(path: str, site: WeightSite) -> str:
 
 
 def _replica(model: nn.Module, path: str, given: Mapping[str, Tensor]) -> Replica:
-    replica = Replica(copy.deepcopy(model.get_submodule(path)))
+    replica = Replica(bare_copy(model.get_submodule(path)))
     own = dict(replica.named_parameters())
     if set(own) != set(given):
         raise AdapterError(f"the head {path} has parameters {sorted(own)}, the adapter has {sorted(given)}.")
@@ -117,6 +118,17 @@ def _replica(model: nn.Module, path: str, given: Mapping[str, Tensor]) -> Replic
             raise AdapterError(f"the head {path} is {tuple(parameter.shape)} here and {tuple(given[key].shape)} there.")
         parameter.data = given[key].detach().to(parameter.device).clone()
     return replica
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of a base module without what is attached to it."""
+    memo: dict[int, Any] = {id(each): None for each in module.modules() if isinstance(each, Container)}
+    memo |= {id(each.__dict__[STATE]): None for each in module.modules() if STATE in each.__dict__}
+    made = copy.deepcopy(module, memo)
+    for each in made.modules():
+        if FACES in each.__dict__:
+            strip(each)
+    return made
 
 
 def place(model: nn.Module, state: State, made: list[Made], trainable: bool) -> None:

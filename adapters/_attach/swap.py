@@ -75,7 +75,7 @@ def strip(module: nn.Module) -> None:
     module.__class__ = base_class(module)
     for key in (STATE, TAPPED_BY, FACES):
         module.__dict__.pop(key, None)
-    if isinstance(module._modules.get(CHILD), Container):
+    if CHILD in module._modules and isinstance(module._modules[CHILD], Container | None):
         del module._modules[CHILD]
 
 

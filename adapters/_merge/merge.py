@@ -153,7 +153,10 @@ def _apply(model: nn.Module, adapter: Adapter, new: Mapping[str, Tensor], quanti
         for path, weight in new.items():
             owner, _, name = path.rpartition(".")
             if owner not in old_modules:
-                put(model.get_parameter(path), weight)
+                # not get_parameter: while an adapter acts, a fused weight's attribute is the adapted weight
+                parameter = model.get_submodule(owner)._parameters[name]
+                assert parameter is not None
+                put(parameter, weight)
         for key, tensor in trained.items():
             path, _, name = key.rpartition(":head.")
             if path in adapter.head:

@@ -68,9 +68,10 @@ def _floats(path: str, a: Sample, b: Sample) -> Difference:
     apart = (x - y).abs() > 1.13 * (_half(x, a.dtype) + _half(y, b.dtype)) + 2**-25  # 1.13: by way of fp16
     moved = int((apart | (x.isfinite() != y.isfinite())).sum())
     if a.dtype == b.dtype:
-        # rounding first to fp16 and then to bf16 differs from rounding once in 1 value of 16
-        unequal = int((x != y).sum())
-        moved = max(moved, unequal if a.dtype == "float32" or unequal > 0.12 * x.numel() else 0)
+        # rounding first to fp16 and then to bf16 differs from rounding once in 1 value of 16, give or take 6 deviations
+        twice = x.numel() / 16
+        explained = a.dtype == "bfloat16" and int((x != y).sum()) <= twice + 6 * twice**0.5 + 2
+        moved = moved if explained else int((x != y).sum())
     return Difference(path, x.numel(), moved)
 
 

@@ -1,6 +1,17 @@
 """Recognises a base model by a few blocks of every weight, in any of fp32, bf16, fp16 and nf4.
 
-How far apart right and wrong are is measured in tests/test_fingerprint.py; PLACEHOLDER
+Measured on ten layers of SmolLM2 (92 weights, 70 in nf4; up to 1,024 sampled values each), recorded and met in each of
+fp32, bf16, fp16, fp16 to bf16, and nf4 made from fp32, bf16 or fp16 (49 pairs), once as published and once with fp32
+noise below bf16's precision added:
+
+                                      values that differ in a weight       scale of its 4-bit blocks
+    same base, same rounding path     0                                    0 to 0.35 % (double quantisation)
+    same base, another path to nf4    0.2 % in the median, 1.0 % at most   0 to 0.35 %
+    every weight moved by 1 %         1.5 % to 6 % of nf4, 65 % of 16 bit  any
+    one weight moved by 1 %           3.9 % to 4.4 % of its nf4 codes      any
+    all weights times 1.01            nf4 codes are blind to it            1.0 % in the median
+Refused: codes that differ in more than 4 values and 8 deviations beyond the median weight's, more than 1 % of 16- or
+32-bit values, a scale off by 0.6 %. All 49 pairs were accepted, and all pairs of each changed base refused.
 """
 
 from __future__ import annotations
@@ -154,5 +165,5 @@ def _differs(found: Difference, usual: float) -> bool:
     if not found.coarse:
         return found.moved > FLOAT_LIMIT * found.count
     expected = min(usual, CODE_LIMIT) * found.count
-    # five standard deviations of a Poisson count, and 4 for values on the very edge of a code
-    return found.moved > expected + 5 * expected**0.5 + 4 or found.scale > SCALE_LIMIT or usual > CODE_LIMIT
+    # 4 for values on the very edge of a code; 8 deviations, because a rounded scale moves a block's codes together
+    return found.moved > expected + 8 * expected**0.5 + 4 or found.scale > SCALE_LIMIT or usual > CODE_LIMIT
