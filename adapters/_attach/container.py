@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from adapters._attach.factored import Factored
 from adapters._attach.lowrank import add_lowrank
@@ -128,14 +129,16 @@ class KeyValue(Entry):
 
 
 class Replica(nn.Module):
-    """A trained copy of a head: while its adapter acts it answers in the head's place."""
+    """A trained copy of a head: while its adapter acts it answers in the head's place, in the head's own dtype."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
+        self.dtype = next(head.parameters()).dtype
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
-        return self.head(*args, **kwargs)
+        trained = {name: p.to(self.dtype) for name, p in self.head.named_parameters()}
+        return functional_call(self.head, trained, args, dict(kwargs))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Has no tensors of its own."""
