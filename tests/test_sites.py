@@ -12,6 +12,7 @@ import tiny
 import torch
 from torch import nn
 
+import adapters
 from adapters._contract import KeyValueMethod, StreamMethod, WeightMethod
 from adapters._errors import AdapterError
 from adapters._sites import SiteMap, select, sites
@@ -383,7 +384,17 @@ def test_a_forward_that_fails_leaves_the_model_and_says_why() -> None:
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
 
 
-def test_adapters_that_are_attached_are_not_sites() -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "bert"])
+def test_an_attached_and_acting_adapter_changes_nothing(name: str) -> None:
+    model = tiny.build(name)
+    adapters.attach(model, "lora", rank=4)
+    modules, classes = list(model.named_modules()), [type(m) for m in model.modules()]
+    assert sites(model) == mapped(name)
+    assert list(model.named_modules()) == modules
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_containers_of_adapters_are_not_sites() -> None:
     model = tiny.build("llama")
     for module in list(model.modules()):
         if isinstance(module, nn.Linear):

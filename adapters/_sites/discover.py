@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 from torch import nn
@@ -14,7 +13,7 @@ from adapters._sites.map import SiteMap
 from adapters._sites.places import keyvalue_sites, stream_sites
 from adapters._sites.probe import Example, examples
 from adapters._sites.roles import find_roles
-from adapters._sites.still import observed_attention, stand_ins, still
+from adapters._sites.still import observed_attention, stand_ins, still, unadapted
 from adapters._sites.streams import find_branches
 from adapters._sites.trace import Tracer, record
 from adapters._sites.unbranched import unbranched
@@ -34,13 +33,13 @@ def sites(model: nn.Module, example: Example = None) -> SiteMap:
     Raises:
         AdapterError: The model could not be run on the example, or on one made up for it.
     """
-    modules = dict(_modules(model))
-    parameters = {
-        f"{path}.{name}" if path else name: parameter
-        for path, module in _modules(model, once=False)
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    }
+    with unadapted(model):
+        return _sites(model, example)
+
+
+def _sites(model: nn.Module, example: Example) -> SiteMap:
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     graph = _run(model, modules, parameters, example)
     branches = find_branches(graph, modules)
     branches += unbranched(graph, modules, branches)
@@ -49,7 +48,7 @@ def sites(model: nn.Module, example: Example = None) -> SiteMap:
     weights = weight_sites(graph, modules, parameters, roles, aside)
     more, unreached = generalise(weights, graph, modules, parameters)
     return SiteMap(
-        model=_class_name(model),
+        model=type(model).__name__,
         weights=(*weights, *more),
         streams=tuple(stream_sites(graph, branches)),
         keyvalues=tuple(keyvalue_sites(graph)),
@@ -72,19 +71,3 @@ def _run(
         f"the sites of {type(model).__name__} are found by running it once, and it failed with "
         f"{type(failure).__name__}: {failure}; pass an example that it accepts, as in sites(model, example={{...}})"
     ) from failure
-
-
-def _modules(model: nn.Module, once: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """The model's own modules by path, without adapters that are attached to it."""
-    hidden: list[str] = []
-    for path, module in model.named_modules(remove_duplicate=once):
-        if getattr(module, "is_adapter_container", False) is True:
-            hidden.append(path + ".")
-        elif not any(path.startswith(prefix) for prefix in hidden):
-            yield path, module
-
-
-def _class_name(model: nn.Module) -> str:
-    """The class as its author named it: attaching swaps in subclasses made at run time."""
-    base = next((c for c in type(model).__mro__ if "<locals>" not in c.__qualname__), type(model))
-    return base.__name__

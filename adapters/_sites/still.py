@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from adapters._sites.trace import Tracer
 
+# how attaching marks what it adds: the class a module had, and the children that hold adapters
+OWN_CLASS, CONTAINER = "_adapter_base_class", "is_adapter_container"
+
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
@@ -36,6 +39,25 @@ def still(model: nn.Module) -> Iterator[None]:
             if buffer.device.type != "meta" and not torch.equal(buffer, content):
                 with torch.no_grad():
                     buffer.copy_(content)
+
+
+@contextmanager
+def unadapted(model: nn.Module) -> Iterator[None]:
+    """Gives modules that adapters are attached to their own class back meanwhile, and hides the adapters."""
+    swapped = [(m, m.__class__, dict(m._modules)) for m in list(model.modules())]
+    try:
+        for module, cls, children in swapped:
+            module.__class__ = getattr(cls, OWN_CLASS, cls)
+            for name, child in children.items():
+                if getattr(child, CONTAINER, False) is True:
+                    del module._modules[name]
+        yield
+    finally:
+        for module, cls, children in swapped:
+            module.__class__ = cls
+            if module._modules.keys() != children.keys():
+                module._modules.clear()
+                module._modules.update(children)
 
 
 @contextmanager

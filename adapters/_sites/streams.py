@@ -9,7 +9,7 @@ from torch import nn
 
 from adapters._contract import Key
 from adapters._sites.graph import Call, Graph, Use, Value, ancestors
-from adapters._sites.operands import COPIES, SUMS, TOKEN_MIXES
+from adapters._sites.operands import COPIES, SUMS, TIMES, TOKEN_MIXES
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # what is added to them would be iterated over
 
@@ -62,8 +62,8 @@ def _terms(graph: Graph, total: Value) -> tuple[list[Value], list[Value]]:
         if not parent.floating or parent.weights or parent.shape != total.shape:
             continue
         bare = parent
-        while bare.op in COPIES and len(bare.active) == 1:
-            bare = bare.active[0]
+        while (bare.op in COPIES or (bare.op in TIMES and len(bare.parents) == 1)) and len(bare.active) == 1:
+            bare = bare.active[0]  # a copy, or a multiple by a plain number
         if bare.op in SUMS and bare.index not in graph.producers and _addends(bare) == 2:
             inner, between = _terms(graph, bare)
             terms += inner
