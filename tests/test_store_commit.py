@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
+import adapters
 from adapters._errors import AdapterError, DamagedAdapter
 from adapters._store import commit
 
@@ -86,8 +88,11 @@ def deaths(tmp_path: Path, old: dict[str, bytes], new: dict[str, bytes], torn: b
         yield folder
 
 
-@pytest.mark.parametrize(("old", "new"), [(OLD, NEW), (NEW, OLD)], ids=["config goes", "config comes"])
-@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize(
+    ("old", "new", "torn"),
+    [(OLD, NEW, False), (NEW, OLD, False), (OLD, NEW, True)],
+    ids=["config goes", "config comes", "half a write"],
+)
 def test_death_after_every_call(tmp_path: Path, old: dict[str, bytes], new: dict[str, bytes], torn: bool) -> None:
     seen = set()
     for folder in deaths(tmp_path, old, new, torn):
@@ -103,10 +108,31 @@ def test_death_after_every_call(tmp_path: Path, old: dict[str, bytes], new: dict
     assert seen == {False, True}
 
 
+def test_an_adapter_survives_a_save_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[dict[str, bytes]] = []
+    with monkeypatch.context() as patch:  # the files of two real adapters; forking a process that runs torch can hang
+        patch.setattr(commit, "write", lambda folder, files, owned: written.append(files))
+        for method in ("lora", "prefix"):
+            model = tiny.build("llama")
+            adapters.attach(model, method, name=method)
+            adapters.save(model, method, tmp_path)
+    old, new = written
+    assert ("adapter_config.json" in old, "adapter_config.json" in new) == (True, False)
+    seen = set()
+    for folder in deaths(tmp_path / "folders", old, new):
+        name = adapters.inspect(folder).name  # every digest holds, so nothing is mixed
+        assert owned(folder) == {"lora": old, "prefix": new}[name]
+        assert others(folder) == OTHERS
+        if name not in seen:
+            assert adapters.load(tiny.build("llama"), folder).method == name
+        seen.add(name)
+    assert seen == {"lora", "prefix"}
+
+
 def test_death_twice_in_a_row(tmp_path: Path) -> None:
     third = {"adapter_model.safetensors": b"third", "adapter.json": b"third"}
-    for first in range(1, 60, 4):
-        for second in range(1, 60, 5):
+    for first in range(1, 50, 6):
+        for second in range(1, 50, 7):
             folder = filled(tmp_path / f"{first}-{second}", OLD)
             killed(folder, NEW, first)
             between = owned(folder)

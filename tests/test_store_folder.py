@@ -122,6 +122,18 @@ def test_the_wrong_base_is_refused_and_loads_only_by_name(folder: Path) -> None:
     assert adapters.adapters_of(wrong[4]) == {}
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_force_stops_at_sites_of_another_size(method: str, tmp_path: Path) -> None:
+    adapters.save(adapted(method=method), "fr.v2", tmp_path)
+    config = tiny.build("llama").config.to_dict()
+    wider = type(tiny.build("llama"))(
+        type(tiny.build("llama").config)(**{**config, "hidden_size": 128, "head_dim": 32})
+    )
+    with pytest.raises(adapters.AdapterError, match="of the size"):
+        adapters.load(wider, tmp_path, force="wrong-base")
+    assert adapters.adapters_of(wider) == {}
+
+
 @pytest.mark.parametrize("name", [RECORD, CONFIG, WEIGHTS])
 def test_one_flipped_bit_anywhere_is_refused(name: str, folder: Path) -> None:
     path = folder / name

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from adapters._attach import adapters_of, install, replace
+from adapters._contract import Site
 from adapters._errors import AdapterError, DamagedAdapter, WrongBase, nearest
 from adapters._interop.peft_read import parse_config, understand
 from adapters._store import commit
@@ -186,7 +187,27 @@ def _check_base(model: nn.Module, bundle: Bundle, force: str | None) -> str:
     except WrongBase as error:
         if force is None:
             raise WrongBase(f"{str(error).rstrip('.')}; force='wrong-base' loads the adapter nevertheless.") from error
+        _same_sites(model, bundle)
         return f"wrong, and loaded by force: {error}"
+
+
+def _same_sites(model: nn.Module, bundle: Bundle) -> None:
+    """What no force can help: a model that has not the adapter's sites, in their sizes, would fail in its forward."""
+    from adapters._sites import sites
+
+    found = sites(model)
+    known: list[Site] = [*found.weights, *found.streams, *found.keyvalues]
+    here = {_size(site) for site in known}
+    for site in bundle.sites:
+        if _size(site) not in here:
+            raise AdapterError(
+                f"this model has no {site.kind} site {site.path} of the size that the adapter was made for."
+            )
+
+
+def _size(site: Site) -> tuple[object, ...]:
+    sizes = ("path", "n_in", "n_out", "experts", "width", "heads", "k_dim", "v_dim")
+    return (site.kind, *(getattr(site, name, None) for name in sizes))
 
 
 def _label_notes(model: nn.Module, bundle: Bundle) -> list[str]:
