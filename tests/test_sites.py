@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import Counter
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import transformers as hf
 from torch import nn
 
 import adapters
@@ -402,3 +404,24 @@ def test_containers_of_adapters_are_not_sites() -> None:
             container.is_adapter_container = True
             module.adapters = container
     assert sites(model) == mapped("llama")
+
+
+def test_scores_plus_a_bias_made_from_earlier_values_are_no_branch() -> None:
+    """MPNet shares one position bias among its layers, and adds it to the scores of each."""
+    config = hf.MPNetConfig(
+        vocab_size=160, hidden_size=64, num_attention_heads=4, intermediate_size=128, num_hidden_layers=2
+    )
+    found = sites(hf.MPNetForMaskedLM(config).eval())
+    assert [site.branch for site in found.streams] == ["attention", "mlp"] * 2
+    assert Counter(site.role for site in found.weights)["attention.key"] == 2
+
+
+def test_the_trace_is_linear_in_depth() -> None:
+    config = hf.LlamaConfig(
+        vocab_size=160, hidden_size=64, num_attention_heads=4, intermediate_size=128, num_hidden_layers=30
+    )
+    model = hf.LlamaForCausalLM(config).eval()
+    started = time.process_time()
+    found = sites(model)
+    assert len(found.weights) == 30 * 7 + 1
+    assert time.process_time() - started < 3.0

@@ -216,7 +216,7 @@ def test_a_folder_whose_digests_fit_is_still_read_strictly(folder: Path, change:
 
 def test_keys_that_occur_twice_and_odd_numbers_are_refused(folder: Path) -> None:
     text = (folder / RECORD).read_text()
-    for old, new in [('{\n "base"', '{\n "digest": "",\n "base"'), ('"loss": 0.5', '"loss": NaN'), ("0.5", "1e999")]:
+    for old, new in [('{\n"base"', '{\n"digest": "",\n"base"'), ('"loss": 0.5', '"loss": NaN'), ("0.5", "1e999")]:
         assert old in text
         (folder / RECORD).write_text(text.replace(old, new, 1))
         refused(folder, RECORD)
