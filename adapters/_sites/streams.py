@@ -121,6 +121,7 @@ def _returned_by(
     A norm after the sub-block (sandwich norms) has no weight site, so the walk goes on to its input: the sub-block
     sees the branch's input, which the norm does not.
     """
+    width = value.shape[-1:]
     for _ in range(10):
         if value.index <= stream.index:
             return None
@@ -129,6 +130,7 @@ def _returned_by(
             (call, key)
             for call, key in calls
             if call.start > stream.index
+            and value.shape[-1:] == width  # scores plus a bias are a sum too, and no branch
             and any(call.holds(use.index) for use in uses)
             and not isinstance(modules[call.path], CONTAINERS)
         ]
