@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import io
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from adapters._errors import AdapterError
+from adapters._hub.quiet import quiet
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -27,7 +27,8 @@ def convert(gguf: Path, folder: Path) -> None:
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with Console(file=sys.stderr).status("converting the model to safetensors, once (about 20 seconds)"), _quiet():
+    waiting = Console(file=sys.stderr).status("converting the model to safetensors, once (about 20 seconds)")
+    with waiting, quiet(), redirect_stderr(io.StringIO()):  # one of the bars cannot be switched off
         read = {"gguf_file": gguf.name, "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **read
@@ -46,18 +47,3 @@ def convert(gguf: Path, folder: Path) -> None:
         plain.generation_config = model.generation_config
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bars, which would overwrite ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):  # one of its bars cannot be switched off
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

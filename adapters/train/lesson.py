@@ -1,0 +1,70 @@
+"""What a task provides so that a run can teach it, score it and show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model's answer to one held-out row, and what it scores; the last mark is the one that is compared."""
+
+    text: str
+    marks: Mapping[str, bool]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training went through, in tokens without padding; `learned` of them carried a loss."""
+
+    tokens: int
+    learned: int
+
+
+class Lesson(Protocol):
+    """One task with its rows. Models pass through as arguments, so that none is kept alive."""
+
+    baseline: str  # what the first column of scores is
+    facts: Mapping[str, Any]  # of the data, for the adapter's record
+
+    def load(self) -> tuple[Any, Any]:
+        """A fresh base and its tokenizer."""
+        ...
+
+    def rows(self) -> int:
+        """Number of held-out rows."""
+        ...
+
+    def prompt(self, row: int) -> str:
+        """A held-out row as it is shown."""
+        ...
+
+    def reference(self, row: int) -> str:
+        """Its right answer, as it is shown."""
+        ...
+
+    def example(self, tokenizer: Any) -> str:
+        """One worked example from the training rows, as text."""
+        ...
+
+    def train(self, model: Any, tokenizer: Any) -> Trained:
+        """Trains what in `model` requires gradients."""
+        ...
+
+    def base_answers(self, model: Any, tokenizer: Any, advance: Advance) -> list[Answer]:
+        """Answers without the adapter, which is inactive during the call."""
+        ...
+
+    def answers(self, model: Any, tokenizer: Any, rows: Sequence[int], advance: Advance) -> list[Answer]:
+        """Answers of the model as it is."""
+        ...
+
+    def logits(self, model: Any, tokenizer: Any, rows: Sequence[int]) -> Tensor:
+        """The model's raw outputs on some held-out rows, for comparing two models exactly."""
+        ...
