@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from adapters._store.bundle import Bundle
+from adapters._store.bundle import Bundle, method_record
 
 MARK = "<!-- written by adapters; a file without this line is never replaced -->"
 
@@ -19,7 +19,7 @@ def ours(existing: bytes | None) -> bool:
 def card(bundle: Bundle, parameters: int, base_name: str | None, peft: str) -> bytes:
     """The text of the card: what the adapter is, how to load it, what is known of its training."""
     front = ["---", "library_name: adapters", "tags:", "- adapter", f"- {json.dumps(bundle.method.name)}"]
-    if base_name:
+    if base_name and "/" in base_name:  # an embedded model's name means nothing to the Hub
         front.append(f"base_model: {json.dumps(base_name)}")
     base = bundle.base or {}
     shown = base_name or base.get("class", "the base model")
@@ -49,7 +49,8 @@ def card(bundle: Bundle, parameters: int, base_name: str | None, peft: str) -> b
 
 
 def _fields(bundle: Bundle) -> dict[str, Any]:
-    return {key: getattr(bundle.method, key) for key in bundle.method.__dataclass_fields__}
+    fields: dict[str, Any] = method_record(bundle.method)["fields"]
+    return fields
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> list[str]:

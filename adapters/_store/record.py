@@ -194,7 +194,9 @@ def _typed(record: Mapping[str, Any], key: str, kind: type) -> Any:
 
 
 def _text(record: Mapping[str, Any]) -> bytes:
-    return (json.dumps(record, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
+    """One line a field: json's fast encoder knows no indentation, and the slow one takes half of a load's time."""
+    lines = [f"{json.dumps(key)}: {json.dumps(record[key], sort_keys=True, allow_nan=False)}" for key in sorted(record)]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("ascii")
 
 
 def _sha(content: bytes) -> str:
