@@ -95,8 +95,8 @@ def _refuse_the_other_distribution() -> None:
     except importlib.metadata.PackageNotFoundError:
         return
     raise ImportError(
-        f"AdapterHub's distribution `adapters` {other} is installed beside `adapter-registry`, and both are imported as "
-        "`adapters`: pip uninstall adapters adapter-registry, then install the one that you want."
+        f"AdapterHub's distribution `adapters` {other} is installed beside `adapter-registry`, and both are imported "
+        "as `adapters`: pip uninstall adapters adapter-registry, then install the one that you want."
     )
 
 
@@ -116,5 +116,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-

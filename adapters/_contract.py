@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
 from adapters._errors import AdapterError
@@ -211,7 +210,3 @@ def require(condition: bool, sentence: str) -> None:
     """Raises AdapterError with `sentence` unless `condition` holds: one clear sentence for every bad hyperparameter."""
     if not condition:
         raise AdapterError(sentence)
-
-
-def floating(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point

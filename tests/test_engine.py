@@ -1,4 +1,4 @@
-"""What an attached model still is: the same object with the same keys, copyable, compilable, switchable in mid-flight."""
+"""What an attached model still is: the same object with the same keys, copyable, compilable, switchable at any time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def test_a_plain_base_state_dict_still_loads_strictly() -> None:
     with adapters.using(model, None):
         assert torch.equal(output(model, BATCH), expected)
     with pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict({key: value for key, value in other.state_dict().items() if "norm" not in key}, strict=True)
+        model.load_state_dict(
+            {key: value for key, value in other.state_dict().items() if "norm" not in key}, strict=True
+        )
 
 
 def test_an_attached_state_dict_round_trips() -> None:
@@ -192,7 +194,10 @@ def test_a_head_that_two_adapters_train_belongs_to_each() -> None:
     adapters.attach(model, "lora", name="b", head=False)
     shake(model, "a")
     shake(model, "b")
-    assert [key for key in tensors_of(model, "a") if "head." in key] == ["classifier:head.weight", "classifier:head.bias"]
+    assert [key for key in tensors_of(model, "a") if "head." in key] == [
+        "classifier:head.weight",
+        "classifier:head.bias",
+    ]
     assert not [key for key in tensors_of(model, "b") if "head." in key]
     assert torch.equal(model.classifier.weight, untouched)
     adapters.activate(model, "a")

@@ -24,7 +24,8 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_importing_loads_torch_and_nothing_heavier() -> None:
-    code = "import sys, adapters; print([m for m in 'transformers peft trl bitsandbytes datasets'.split() if m in sys.modules])"
+    heavy = "transformers peft trl bitsandbytes datasets".split()
+    code = f"import sys, adapters; print([m for m in {heavy} if m in sys.modules])"
     result = run(code)
     assert result.stdout.strip() == "[]", result.stderr
 
@@ -61,7 +62,9 @@ def test_every_method_states_its_formula_and_source() -> None:
 
 
 def test_an_unknown_method_or_field_is_answered_with_the_nearest() -> None:
-    with pytest.raises(adapters.AdapterError, match=r"did you mean 'bottleneck'\? Methods here: bottleneck, loha, lora"):
+    with pytest.raises(
+        adapters.AdapterError, match=r"did you mean 'bottleneck'\? Methods here: bottleneck, loha, lora"
+    ):
         adapters.methods.get("bottlneck")
     import tiny
 
@@ -76,7 +79,9 @@ def test_nothing_in_the_package_names_an_architecture() -> None:
     """Architectures are found by structure: no model type of transformers appears as a string in the code."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    types = {name for name in CONFIG_MAPPING_NAMES if len(name) > 3 and name not in {"align", "flava", "dots1", "switch"}}
+    types = {
+        name for name in CONFIG_MAPPING_NAMES if len(name) > 3 and name not in {"align", "flava", "dots1", "switch"}
+    }
     found = []
     for file in (ROOT / "adapters").rglob("*.py"):
         if "_hub" in file.parts or "cli" in file.parts or "data" in file.parts:

@@ -1,4 +1,4 @@
-"""4-bit bases: what is quantised, that the repacking bug upstream stays out, and that merging keeps what was learned."""
+"""4-bit bases: what is quantised, that the upstream repacking bug stays out, that merges keep what was learned."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Attaching in place: class swap, tensors in children, one State a model."""
 
 from adapters._attach import positions  # prepares position ids before forwards with a prefix
-from adapters._attach.attach import activate, attach, detach, make_method, using
 from adapters._attach.install import base_parameters, install, remove, replace, tensors_of
 from adapters._attach.report import AttachReport
 from adapters._attach.state import Adapter, adapters_of, state_of
+from adapters._attach.verbs import activate, attach, detach, make_method, using
 from adapters._attach.weights import base_weight, read_weight
 
 __all__ = [

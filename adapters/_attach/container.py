@@ -45,7 +45,7 @@ class Entry(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if any(prefix + name in state_dict for name in self._parameters):
-            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class CalledWeight(Entry):
@@ -73,9 +73,7 @@ class CalledWeight(Entry):
 class ReadWeight(Entry):
     """The change of a weight that other code reads: stands in for the parameter while the adapter acts."""
 
-    def __init__(
-        self, method: WeightMethod, site: WeightSite, tensors: Mapping[str, Tensor], w: BaseWeight
-    ) -> None:
+    def __init__(self, method: WeightMethod, site: WeightSite, tensors: Mapping[str, Tensor], w: BaseWeight) -> None:
         super().__init__(method, site, tensors)
         self.w = w
 
@@ -113,7 +111,9 @@ class Stream(Entry):
 
     def _input(self, site: StreamSite, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         if site.input is not None:
-            found = args[site.input] if isinstance(site.input, int) and site.input < len(args) else kwargs.get(site.input)  # type: ignore[arg-type]
+            named: Mapping[Any, Any] = kwargs
+            at = site.input
+            found = args[at] if isinstance(at, int) and at < len(args) else named.get(at)
         else:
             found = take_tap(self.__dict__["tap"])
         if not isinstance(found, Tensor):

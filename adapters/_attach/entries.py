@@ -50,7 +50,9 @@ def make_entries(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tenso
         made += _at_site(model, adapter, site, given)
     made += [Made(path, adapter.slot, _replica(model, path, by_site.pop(path, {})), CALL) for path in adapter.head]
     if by_site:
-        raise AdapterError(f"adapter {adapter.name!r} has tensors for {next(iter(by_site))}, which is none of its sites.")
+        raise AdapterError(
+            f"adapter {adapter.name!r} has tensors for {next(iter(by_site))}, which is none of its sites."
+        )
     _check_places(model, adapter, made)
     return made
 
@@ -58,7 +60,9 @@ def make_entries(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tenso
 def _check_places(model: nn.Module, adapter: Adapter, made: list[Made]) -> None:
     places = [(change.owner, change.key) for change in made if change.entry is not None]
     if len(set(places)) < len(places):
-        raise AdapterError(f"adapter {adapter.name!r} acts twice at one module: a head is trained whole or not adapted.")
+        raise AdapterError(
+            f"adapter {adapter.name!r} acts twice at one module: a head is trained whole or not adapted."
+        )
     for owner, _ in places:
         occupied = getattr(model.get_submodule(owner), CHILD, None)
         if occupied is not None and not isinstance(occupied, Container):
@@ -100,7 +104,9 @@ def _at_weight(
         fresh = base_class(owner).forward is nn.Linear.forward or is_quantized(w.stored)
         entry = CalledWeight(method, site, given, w, fresh)
     # a parameter that several modules share has one adapter, which acts at each of them
-    shared = [path for path in site.aliases if not isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Embedding)]
+    shared = [
+        path for path in site.aliases if not isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Embedding)
+    ]
     return [Made(*_location(slot, path, site), entry, _face(path, site)) for path in (site.path, *shared)]
 
 
@@ -182,5 +188,3 @@ def drop_slot(model: nn.Module, slot: str) -> None:
             continue
         for key in [key for key in held._modules if key == slot or key.startswith(f"{slot}-")]:
             del held._modules[key]
-
-

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_map
 formed_densely: Counter[str] = Counter()  # how often, by the function that asked
 
 _METADATA = frozenset(
-    "shape dtype device ndim dim size numel layout is_cuda is_meta stride is_contiguous element_size data_ptr "
-    "is_floating_point requires_grad untyped_storage storage_offset".split()
+    {"shape", "dtype", "device", "ndim", "dim", "size", "numel", "layout", "is_cuda", "is_meta", "stride"}
+    | {"is_contiguous", "element_size", "data_ptr", "is_floating_point", "requires_grad"}
+    | {"untyped_storage", "storage_offset"}
 )
 
 
@@ -102,8 +103,9 @@ def _linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     x, w, bias = given.get("input"), given.get("weight"), given.get("bias")
     if not isinstance(w, Factored) or not isinstance(x, Tensor):
         return None
-    y = F.linear(x, w.base, bias)
-    return y + w.scale * ((x.to(w.right.dtype) @ w.right.mT) @ w.left.mT).to(y.dtype)
+    y: Tensor = F.linear(x, w.base, bias)
+    delta: Tensor = (x.to(w.right.dtype) @ w.right.mT) @ w.left.mT
+    return y + w.scale * delta.to(y.dtype)
 
 
 def _product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -112,7 +114,7 @@ def _product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return None
     a, b = reversed(args) if getattr(func, "__name__", "") == "__rmatmul__" else args
     if isinstance(b, Factored) and isinstance(a, Tensor):
-        y = torch.matmul(a, b.base)
+        y: Tensor = torch.matmul(a, b.base)
         return y + b.scale * ((a.to(b.left.dtype) @ b.left) @ b.right).to(y.dtype)
     if isinstance(a, Factored) and isinstance(b, Tensor):
         y = torch.matmul(a.base, b)
@@ -126,7 +128,8 @@ def _added(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         return None
     c, x, w = args
     y: Tensor = func(c, x, w.base)
-    return y + w.scale * ((x.to(w.left.dtype) @ w.left) @ w.right).to(y.dtype)
+    delta: Tensor = (x.to(w.left.dtype) @ w.left) @ w.right
+    return y + w.scale * delta.to(y.dtype)
 
 
 def _grouped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -140,7 +143,8 @@ def _grouped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     left = F.pad(w.left, (0, missing)).to(x.dtype).contiguous()
     right = F.pad(w.right, (0, 0, 0, missing)).to(x.dtype).contiguous()
     inner = func(x, left, *rest, **kwargs)
-    return y + w.scale * func(inner, right, *rest, **kwargs).to(y.dtype)
+    delta: Tensor = func(inner, right, *rest, **kwargs)
+    return y + w.scale * delta.to(y.dtype)
 
 
 _SHORTCUTS: dict[str, Callable[..., Tensor | None]] = {

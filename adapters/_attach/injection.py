@@ -104,7 +104,9 @@ def _attend(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if mask is None and causal and queries > 1 and name != "eager":
         if kw.get("sliding_window") is not None and name.startswith("flash"):
-            raise AdapterError(f"a prefix lies outside the sliding window of {name}: load the model with sdpa or eager.")
+            raise AdapterError(
+                f"a prefix lies outside the sliding window of {name}: load the model with sdpa or eager."
+            )
         # dummy queries for the prefix keep the kernel's causal path; a static cache's empty columns are cut off
         k, v = k[:, :, :queries], v[:, :, :queries]
         padded = torch.cat([q.new_zeros(*q.shape[:2], length, q.shape[3]), q], 2)
@@ -118,7 +120,9 @@ def _attend(
 def _extended(mask: Any, keys: int, length: int) -> Tensor:
     """The mask with `length` visible columns before its own: True in a boolean mask, 0 in an additive one."""
     if not isinstance(mask, Tensor):
-        raise AdapterError(f"a prefix cannot extend a {type(mask).__name__}: load the model with sdpa or eager attention.")
+        raise AdapterError(
+            f"a prefix cannot extend a {type(mask).__name__}: load the model with sdpa or eager attention."
+        )
     if mask.dim() == 2:  # (rows, keys), 1 where a key is visible
         return torch.cat([mask.new_ones(mask.shape[0], length), mask[:, :keys]], 1)
     mask = mask[..., :keys]

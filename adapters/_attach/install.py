@@ -139,5 +139,3 @@ def _enter(model: nn.Module, state: State) -> None:
 def _inject(state: State, adapter: Adapter) -> None:
     if isinstance(adapter.method, KeyValueMethod):
         injection.provide(state)
-
-

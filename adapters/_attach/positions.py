@@ -25,15 +25,17 @@ def position_ids(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: 
     prefixes = [adapter for adapter in selection(state) if isinstance(adapter.method, KeyValueMethod)]
     if not prefixes:
         return {}
-    names = _parameters(base_class(model))
+    names = forward_parameters(base_class(model))
     if "position_ids" not in names:
         return {}
     given = dict(zip(names, args, strict=False)) | kwargs
-    shift = sum(prefix_length(model, adapter) for adapter in prefixes if adapter.method.positions == "shifted")  # type: ignore[attr-defined]
+    shifted = [a for a in prefixes if isinstance(a.method, KeyValueMethod) and a.method.positions == "shifted"]
+    shift = sum(prefix_length(model, adapter) for adapter in shifted)
     if given.get("position_ids") is not None:
         return {"position_ids": given["position_ids"] + shift} if shift else {}
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    causal = all(site.causal for adapter in prefixes for site in adapter.sites if isinstance(site, KeyValueSite))
+    prefixed = [site for adapter in prefixes for site in adapter.sites if isinstance(site, KeyValueSite)]
+    causal = all(site.causal for site in prefixed)
     mask = given.get("attention_mask")
     padded = causal and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all())
     if not isinstance(tokens, Tensor) or not (shift or padded):
@@ -55,7 +57,8 @@ def prefix_length(model: nn.Module, adapter: Adapter) -> int:
 
 
 @cache
-def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+def forward_parameters(cls: Any) -> tuple[str, ...]:
+    """The names of what a class's forward accepts."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 

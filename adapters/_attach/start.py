@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from adapters._attach.injection import recording
-from adapters._attach.positions import _parameters
+from adapters._attach.positions import forward_parameters
 from adapters._attach.state import State, holding, state_of
 from adapters._attach.swap import base_class
 from adapters._contract import KeyValueMethod, KeyValueSite, Method
@@ -41,8 +41,8 @@ def prefix_start(model: nn.Module, method: KeyValueMethod, sites: Iterable[KeyVa
     """Keys (heads, length, k_dim) and values (heads, length, v_dim) for each site, from the method's start."""
     sites = tuple(sites)
     ids, note = _tokens(model, method, tokenizer)
-    positions = getattr(method, "positions", "before")
-    takes_positions = "position_ids" in _parameters(base_class(model))
+    positions = method.positions
+    takes_positions = "position_ids" in forward_parameters(base_class(model))
     if positions == "before" and takes_positions and all(site.causal for site in sites):
         try:
             recorded = _record(model, sites, ids, -ids.shape[1])
@@ -62,7 +62,9 @@ def _tokens(model: nn.Module, method: KeyValueMethod, tokenizer: Any) -> tuple[T
         token = _neutral(model)
         return torch.full((1, start), token, device=device), f"starts as {start} times the neutral token {token}"
     if tokenizer is None:
-        raise AdapterError("a prefix that starts from text needs the model's tokenizer: attach(..., tokenizer=tokenizer).")
+        raise AdapterError(
+            "a prefix that starts from text needs the model's tokenizer: attach(..., tokenizer=tokenizer)."
+        )
     ids = tokenizer(start, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
     if ids.shape[1] == 0:
         raise AdapterError("the text a prefix starts from is empty: give some text, or a length.")
@@ -121,7 +123,7 @@ def _record(model: nn.Module, sites: tuple[KeyValueSite, ...], ids: Tensor, firs
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if first is not None:
         inputs["position_ids"] = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
-    if "use_cache" in _parameters(base_class(model)) or hasattr(getattr(model, "config", None), "use_cache"):
+    if "use_cache" in forward_parameters(base_class(model)) or hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
     state, training = state_of(model) or State(), [module for module in model.modules() if module.training]
     model.eval()

@@ -70,7 +70,7 @@ def selection(state: State) -> Selection:
 
 
 class holding:
-    """`with holding(state, chosen):` makes `chosen` the selection of this thread, whatever others activate meanwhile."""
+    """`with holding(state, chosen):` makes `chosen` this thread's selection, whatever others activate meanwhile."""
 
     __slots__ = ("frame",)
 

@@ -30,7 +30,7 @@ before_forward: list[Callable[[nn.Module, State, tuple[Any, ...], dict[str, Any]
 
 
 @cache
-def adapted_class(base: type[nn.Module], faces: frozenset[str]) -> type[nn.Module]:
+def adapted_class(base: Any, faces: frozenset[str]) -> type[nn.Module]:
     """The subclass of `base` with these faces. It keeps the base's name and module, so reprs and configs agree."""
     space: dict[str, Any] = {
         BASE: base,
@@ -52,10 +52,11 @@ def adapted_class(base: type[nn.Module], faces: frozenset[str]) -> type[nn.Modul
     for face in faces:
         if face.startswith(READ):
             space[face.removeprefix(READ)] = property(_reader(face.removeprefix(READ)))
-    return type(base.__name__, (base,), space)
+    made: type[nn.Module] = type(base.__name__, (base,), space)
+    return made
 
 
-def _restore(base: type[nn.Module], faces: frozenset[str]) -> nn.Module:
+def _restore(base: Any, faces: frozenset[str]) -> nn.Module:
     """Pickle finds classes by name; a swapped one is made again from its base."""
     cls = adapted_class(base, faces)
     return cls.__new__(cls)
@@ -79,9 +80,9 @@ def strip(module: nn.Module) -> None:
         del module._modules[CHILD]
 
 
-def base_class(module: nn.Module) -> type[nn.Module]:
-    found: type[nn.Module] = getattr(type(module), BASE, type(module))
-    return found
+def base_class(module: nn.Module) -> Any:
+    """A module's class as it was before it was swapped. Any: mypy takes no class of modules for hashable."""
+    return getattr(type(module), BASE, type(module))
 
 
 def _site_call(base: type[nn.Module], tapped: bool) -> Callable[..., Any]:
@@ -164,4 +165,3 @@ def _get_checkpointing(self: nn.Module) -> Callable[..., Any]:
 
 def _set_checkpointing(self: nn.Module, function: Callable[..., Any]) -> None:
     self.__dict__["_gradient_checkpointing_func"] = function
-

@@ -49,4 +49,3 @@ def read_weight(model: nn.Module, path: str) -> Tensor:
     if stored is None:
         raise KeyError(path)
     return dequantize(stored) if is_quantized(stored) else stored.detach()
-

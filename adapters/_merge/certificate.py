@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# relative error of the outputs above which a merge is refused: a few times the rounding of one weight, 2^-24, 2^-11, 2^-8
+# relative error of the outputs above which a merge is refused: a few times the rounding of a weight, 2^-24, 2^-11, 2^-8
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 

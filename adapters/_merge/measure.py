@@ -32,7 +32,9 @@ def main_output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     finally:
         for module in training:
             module.training = True
-    items = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else (output,))
+    items = (
+        output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else (output,))
+    )
     found = [
         leaf.float().flatten()
         for key, value in items

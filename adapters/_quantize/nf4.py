@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from adapters._errors import AdapterError, nearest
+from adapters._heads import base_model, output_embeddings
 from adapters._quantize.params import bytes_of, guard_against_repacking, is_quantized, quantized_modules, replace_module
 
 FORMATS = ("nf4",)
@@ -32,8 +34,8 @@ class QuantizeReport:
         for path, why in self.left.items():
             reasons.setdefault(why, []).append(path)
         head = (
-            f"{self.format}: {len(self.quantized)} linear layers quantised, {self.weights:,} of {self.total:,} parameters"
-            f" in 4 bits; {self.bytes_before / 2**20:,.0f} MiB -> {self.bytes_after / 2**20:,.0f} MiB."
+            f"{self.format}: {len(self.quantized)} linear layers quantised, {self.weights:,} of {self.total:,} "
+            f"parameters in 4 bits; {self.bytes_before / 2**20:,.0f} MiB -> {self.bytes_after / 2**20:,.0f} MiB."
         )
         lines = [f"  left as they were ({why}): {len(paths)}, first {paths[0]}" for why, paths in reasons.items()]
         return "\n".join([head, *lines])
@@ -127,14 +129,12 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _heads(model: nn.Module) -> set[str]:
     """Modules after the base model: the output embeddings and task heads, whose 4-bit noise would reach every logit."""
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-    inside = set(base.modules()) if isinstance(base, nn.Module) else set(model.modules())
-    output = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    inside, output = set((base_model(model) or model).modules()), output_embeddings(model)
     return {path for path, module in model.named_modules() if module not in inside or module is output}
 
 
 def _quantized(
-    module: nn.Module, linear4bit: type[nn.Linear], compute_dtype: torch.dtype, device: torch.device | str | None
+    module: nn.Module, linear4bit: Any, compute_dtype: torch.dtype, device: torch.device | str | None
 ) -> nn.Module:
     from bitsandbytes.nn import Params4bit
 
@@ -144,7 +144,7 @@ def _quantized(
     dense = weight.data.mT.contiguous() if transposed else weight.data
     n_out, n_in = dense.shape
     with torch.device("meta"):
-        new = linear4bit(
+        new: Any = linear4bit(
             n_in, n_out, bias=False, compute_dtype=compute_dtype, compress_statistics=True, quant_type="nf4"
         )
     target = torch.device(device) if device is not None else dense.device
@@ -153,8 +153,9 @@ def _quantized(
     bias = module._parameters.get("bias")
     # bitsandbytes casts the bias in place at its first forward; doing it here keeps forwards free of side effects
     new.bias = None if bias is None else nn.Parameter(bias.data.to(target, compute_dtype), requires_grad=False)
-    new.adapters_transposed = transposed  # type: ignore[assignment]
-    return new
+    new.adapters_transposed = transposed
+    made: nn.Module = new
+    return made
 
 
 def _bytes(model: nn.Module) -> int:

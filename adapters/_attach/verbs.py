@@ -16,8 +16,18 @@ from adapters._attach.report import AttachReport, describe
 from adapters._attach.start import prefix_start
 from adapters._attach.state import State, adapters_of, holding, state_of
 from adapters._attach.weights import base_weight
-from adapters._contract import KeyValueMethod, KeyValueSite, Method, Site, StreamMethod, StreamSite, WeightMethod, WeightSite
+from adapters._contract import (
+    KeyValueMethod,
+    KeyValueSite,
+    Method,
+    Site,
+    StreamMethod,
+    StreamSite,
+    WeightMethod,
+    WeightSite,
+)
 from adapters._errors import AdapterError, nearest
+from adapters._heads import base_model, output_embeddings
 from adapters._quantize import quantize, quantized_modules
 from adapters._sites import select, sites
 
@@ -121,7 +131,9 @@ def make_method(method: str | Method, hyperparameters: Mapping[str, Any]) -> Met
     """A method from its name and hyperparameters, with a clear sentence for a field that it does not have."""
     if isinstance(method, Method):
         if hyperparameters:
-            raise AdapterError(f"hyperparameters {sorted(hyperparameters)} were given beside a method that has its own.")
+            raise AdapterError(
+                f"hyperparameters {sorted(hyperparameters)} were given beside a method that has its own."
+            )
         return method
     cls = _registry.get(method)
     known = [field.name for field in fields(cls)]
@@ -190,14 +202,13 @@ def _heads(model: nn.Module, head: bool | Iterable[str] | None) -> tuple[str, ..
             if path not in known:
                 raise AdapterError(f"this model has no module {path!r} with parameters{nearest(path, known)}")
         return named
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-    output = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    base = base_model(model)
     outside = [
         path
         for path, child in model.named_children()
-        if isinstance(base, nn.Module) and child is not base and any(True for _ in child.parameters())
+        if base is not None and child is not base and any(True for _ in child.parameters())
     ]
-    if output is not None or not outside:
+    if output_embeddings(model) is not None or not outside:
         if head is True:
             raise AdapterError("head=True, but this model has no task head outside its base model: name the modules.")
         return ()

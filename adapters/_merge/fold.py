@@ -74,7 +74,8 @@ def merge(
         notes.append(f"put back into {requantize} as asked: that rounding is the error above")
     path = f"dequantised from nf4 to {_name(dtype)}, then merged" if quantised else f"in place in {_name(dtype)}"
     sites = tuple(
-        SiteError(at, predicted[at], relative(after[at], expected_sites[at]) if at in after else None) for at in predicted
+        SiteError(at, predicted[at], relative(after[at], expected_sites[at]) if at in after else None)
+        for at in predicted
     )
     return Certificate(name, path, error, effect, limit, sites, tuple(notes))
 
@@ -89,7 +90,7 @@ def _mergeable(model: nn.Module, name: str) -> Adapter:
     adapter = attached[name]
     if not adapter.method.mergeable:
         raise AdapterError(
-            f"{adapter.method.name} does not change weights, so it cannot be merged into them: keep the adapter attached."
+            f"{adapter.method.name} does not change weights, so it cannot be merged into them: keep it attached."
         )
     for site in adapter.sites:
         if isinstance(site, WeightSite):
@@ -103,7 +104,9 @@ def _check_tied(model: nn.Module, site: WeightSite) -> None:
         if parameter is shared and path not in (site.path, *site.aliases):
             raise AdapterError(f"{site.path} is tied to {path}, which merging would change too: untie them first.")
         if parameter is shared and isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Embedding):
-            raise AdapterError(f"{site.path} is tied to the embeddings, which merging would change too: untie them first.")
+            raise AdapterError(
+                f"{site.path} is tied to the embeddings, which merging would change too: untie them first."
+            )
 
 
 def _merged_weights(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -1,0 +1,20 @@
+"""Where a Hugging Face model ends and its heads begin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def base_model(model: nn.Module) -> nn.Module | None:
+    """The part below the heads, by `base_model_prefix`; None for a bare model, which is its own base."""
+    found = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The head of a language model, which makes logits over the vocabulary."""
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    found = getter() if callable(getter) else None
+    return found if isinstance(found, nn.Module) else None
