@@ -211,7 +211,9 @@ def law_9_delta_is_weight(case: Case, folder: Path) -> None:
     for site in adapter.sites:
         assert isinstance(site, WeightSite)
         w = base_weight(model, site)
-        p = {key.rpartition(":")[2]: t.detach().double() for key, t in tensors.items() if key.startswith(f"{site.path}:")}
+        p = {
+            key.rpartition(":")[2]: t.detach().double() for key, t in tensors.items() if key.startswith(f"{site.path}:")
+        }
         dense = w.dense().double()
         x = torch.randn(*([site.experts] if site.experts else []), 5, site.n_in, dtype=torch.float64)
         expected = x @ (method.weight(dense, p) - dense).mT
@@ -292,5 +294,3 @@ def _routed_experts(model: nn.Module, case: Case) -> dict[str, torch.Tensor]:
     for handle in handles:
         handle.remove()
     return found
-
-

@@ -36,7 +36,9 @@ def cases() -> list[Any]:
                 if (name, label) in REFUSED:
                     continue
                 dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-                case = Case(partial(tiny.build, name, dtype), tiny.inputs(name), method, options, dtype, precision == "nf4")
+                case = Case(
+                    partial(tiny.build, name, dtype), tiny.inputs(name), method, options, dtype, precision == "nf4"
+                )
                 found.append(pytest.param(case, id=f"{name}-{label}-{precision}"))
     return found
 

@@ -24,7 +24,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_importing_loads_torch_and_nothing_heavier() -> None:
-    heavy = "transformers peft trl bitsandbytes datasets".split()
+    heavy = ["transformers", "peft", "trl", "bitsandbytes", "datasets"]
     code = f"import sys, adapters; print([m for m in {heavy} if m in sys.modules])"
     result = run(code)
     assert result.stdout.strip() == "[]", result.stderr

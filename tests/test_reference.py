@@ -88,7 +88,10 @@ def after(module: nn.Module, bottleneck: nn.Module, parallel: bool, source: nn.M
 
 # where the papers put the layers, by hand: (attention branch, its input), (feed-forward branch, its input)
 PLACES = {
-    "llama": [("model.layers.{}.self_attn", "model.layers.{}.self_attn"), ("model.layers.{}.mlp", "model.layers.{}.mlp")],
+    "llama": [
+        ("model.layers.{}.self_attn", "model.layers.{}.self_attn"),
+        ("model.layers.{}.mlp", "model.layers.{}.mlp"),
+    ],
     "gpt2": [("transformer.h.{}.attn", "transformer.h.{}.attn"), ("transformer.h.{}.mlp", "transformer.h.{}.mlp")],
     "gpt_neox": [
         ("gpt_neox.layers.{}.attention", "gpt_neox.layers.{}.attention"),

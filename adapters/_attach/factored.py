@@ -126,7 +126,8 @@ def _added(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     """addmm or baddbmm with the factored weight on the right: c + x w."""
     if kwargs or len(args) != 3 or not isinstance(args[2], Factored) or not isinstance(args[1], Tensor):
         return None
-    c, x, w = args
+    c, x = args[:2]
+    w: Factored = args[2]
     y: Tensor = func(c, x, w.base)
     delta: Tensor = (x.to(w.left.dtype) @ w.left) @ w.right
     return y + w.scale * delta.to(y.dtype)
