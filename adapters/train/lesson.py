@@ -30,8 +30,15 @@ class Trained:
 class Lesson(Protocol):
     """One task with its rows. Models pass through as arguments, so that none is kept alive."""
 
-    baseline: str  # what the first column of scores is
-    facts: Mapping[str, Any]  # of the data, for the adapter's record
+    @property
+    def baseline(self) -> str:
+        """What the first column of scores is."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Of the data, for the adapter's record."""
+        ...
 
     def load(self) -> tuple[Any, Any]:
         """A fresh base and its tokenizer."""

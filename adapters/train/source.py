@@ -21,7 +21,10 @@ class Source:
     places: dict[str, str] = field(default_factory=dict)
 
     def place(self, key: str) -> str:
-        """Where `key` was written, or the nearest key around it."""
+        """Where `key` was written, or a key inside it, or the nearest key around it."""
+        inside = next((place for other, place in self.places.items() if other.startswith(f"{key}.")), None)
+        if key not in self.places and key and inside is not None:
+            return inside
         while key and key not in self.places:
             key = key.rpartition(".")[0]
         return self.places.get(key, self.name)

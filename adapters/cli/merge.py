@@ -1,0 +1,57 @@
+"""`adapters merge`: one plain model out of a base and an adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapters._errors import AdapterError
+from adapters.cli.refusal import Json, Quantize, print_json, refusing
+
+
+@refusing
+def merge_adapter(
+    model: Annotated[str, typer.Argument(help="The base: an embedded name, a Hub id or a folder.")],
+    adapter: Annotated[str, typer.Argument(help="A saved adapter: a folder or a Hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder of the merged model; it must not exist, or be empty.")],
+    quantize: Quantize = None,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base, verify the result, and write a plain model with the certificate beside it.
+
+    Example:  adapters merge smollm2-135m-instruct out/function-calls-lora --output out/merged
+    """
+    import adapters
+    from adapters._hub.quiet import quiet
+    from adapters.cli.loading import load_adapted
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise AdapterError(f"{output} exists already: give a new folder, or an empty one.")
+    with quiet():
+        loaded, tokenizer = load_adapted(model, adapter, quantize)
+        certificate = adapters.merge(loaded, "default")
+        _write(loaded, tokenizer, asdict(certificate), output)
+    if as_json:
+        print_json({"output": str(output), "certificate": asdict(certificate)})
+    else:
+        typer.echo(f"{certificate}\nwritten to {output}")
+
+
+def _write(model: Any, tokenizer: Any, certificate: dict[str, Any], output: Path) -> None:
+    """Everything in a folder beside `output`, then one rename: there is never half a model under that name."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent, ignore_cleanup_errors=True) as work:
+        folder = Path(work) / "model"
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / "merge_certificate.json").write_text(json.dumps(certificate, indent=2, default=str) + "\n")
+        if output.is_dir():
+            output.rmdir()  # empty; a rename onto it is refused on Windows
+        os.replace(folder, output)
