@@ -158,7 +158,7 @@ def law_5_only_the_adapter_trains(case: Case, folder: Path) -> None:
 
 def law_6_checkpointing_gives_the_same_gradients(case: Case, folder: Path) -> None:
     expected = gradients(case.shaken(), case, train=True)
-    for when in ("before", "after", "thread", "switched"):
+    for when in ("before", "after", "reentrant", "thread", "switched"):
         model = case.base()
         if not getattr(model, "supports_gradient_checkpointing", False):
             pytest.skip("the base has no gradient checkpointing")
@@ -167,7 +167,7 @@ def law_6_checkpointing_gives_the_same_gradients(case: Case, folder: Path) -> No
         case.attach(model)
         shake(model, "fr")
         if when != "before":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": when == "reentrant"})
         found = gradients(model, case, train=True, backward=when)
         assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         for key, value in expected.items():

@@ -28,7 +28,7 @@ def provide(user: State | recording) -> None:
     """Routes attention through this module, from the first model that has a prefix on."""
     if id(user) not in _users:
         _users.add(id(user))
-        weakref.finalize(user, _withdraw, id(user))  # a model that is dropped without being detached
+        weakref.finalize(user, _withdraw, id(user)).atexit = False  # a model that is dropped without being detached
     if not _original:
         from transformers.modeling_utils import AttentionInterface
 

@@ -69,7 +69,7 @@ def replace(
     place(model, state, make_entries(model, new, tensors), old.trainable)
     _inject(state, new)
     # whoever is still running the old version holds a reference to it; its tensors go when the last one ends
-    weakref.finalize(old, _drop_slot, weakref.ref(model), old.slot)
+    weakref.finalize(old, _drop_slot, weakref.ref(model), old.slot).atexit = False
     state.adapters = {**state.adapters, name: new}
     state.active = tuple(new if adapter is old else adapter for adapter in state.active)
     return new

@@ -16,30 +16,41 @@ from torch import Tensor, nn
 
 from adapters._attach.entries import entry_of
 from adapters._attach.state import Adapter, State, selection
-from adapters._attach.swap import base_class, before_forward
+from adapters._attach.swap import Call, base_class, before_forward
 from adapters._contract import KeyValueMethod, KeyValueSite
 
 
-def position_ids(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The `position_ids` to pass to a forward whose selection holds a prefix, or nothing where they need no change."""
+def with_positions(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The arguments of a forward, with the `position_ids` that the prefixes of its selection need."""
+    ids = position_ids(model, state, args, kwargs)
+    if ids is None:
+        return args, kwargs
+    at = forward_parameters(base_class(model)).index("position_ids")
+    if at < len(args):
+        return (*args[:at], ids, *args[at + 1 :]), kwargs
+    return args, {**kwargs, "position_ids": ids}
+
+
+def position_ids(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What `position_ids` must be in a forward whose selection holds a prefix, or None where they need no change."""
     prefixes = [adapter for adapter in selection(state) if isinstance(adapter.method, KeyValueMethod)]
     if not prefixes:
-        return {}
+        return None
     names = forward_parameters(base_class(model))
     if "position_ids" not in names:
-        return {}
+        return None
     given = dict(zip(names, args, strict=False)) | kwargs
     shifted = [a for a in prefixes if isinstance(a.method, KeyValueMethod) and a.method.positions == "shifted"]
     shift = sum(prefix_length(model, adapter) for adapter in shifted)
     if given.get("position_ids") is not None:
-        return {"position_ids": given["position_ids"] + shift} if shift else {}
+        return given["position_ids"] + shift if shift else None
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     prefixed = [site for adapter in prefixes for site in adapter.sites if isinstance(site, KeyValueSite)]
     causal = all(site.causal for site in prefixed)
     mask = given.get("attention_mask")
     padded = causal and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all())
     if not isinstance(tokens, Tensor) or not (shift or padded):
-        return {}
+        return None
     count = tokens.shape[1]
     if padded and isinstance(mask, Tensor):
         ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
@@ -47,7 +58,7 @@ def position_ids(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: 
         cache = given.get("past_key_values")
         start = int(cache.get_seq_length()) if cache is not None else 0
         ids = torch.arange(start, start + count, device=tokens.device)[None].expand(tokens.shape[0], -1)
-    return {"position_ids": ids + shift}
+    return ids + shift
 
 
 def prefix_length(model: nn.Module, adapter: Adapter) -> int:
@@ -62,4 +73,4 @@ def forward_parameters(cls: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
-before_forward.append(position_ids)
+before_forward.append(with_positions)

@@ -6,11 +6,12 @@ others hang on `forward` (accelerate's instance-level forward, hooks), and is se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from adapters._attach.container import CHILD, Container
 from adapters._attach.state import STATE, State, carrying, holding, put_tap, selection
@@ -26,7 +27,8 @@ HOLD = "hold"  # holds tensors that others use
 READ = "read:"  # followed by a parameter's name
 
 save_attached: Callable[[nn.Module, str], None] | None = None  # set by the store, which is imported after this
-before_forward: list[Callable[[nn.Module, State, tuple[Any, ...], dict[str, Any]], Mapping[str, Any]]] = []
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a forward
+before_forward: list[Callable[[nn.Module, State, tuple[Any, ...], dict[str, Any]], Call]] = []
 
 
 @cache
@@ -112,7 +114,7 @@ def _root_call(inner: Callable[..., Any]) -> Callable[..., Any]:
         acting = selection(state)
         with holding(state, acting):
             for prepare in before_forward if acting else ():
-                kwargs.update(prepare(self, state, args, kwargs))
+                args, kwargs = prepare(self, state, args, kwargs)
             return inner(self, *args, **kwargs)
 
     return __call__
@@ -158,9 +160,20 @@ def _get_checkpointing(self: nn.Module) -> Callable[..., Any]:
         raise AttributeError("_gradient_checkpointing_func") from None
 
     def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if getattr(raw, "keywords", {}).get("use_reentrant"):
+            args = _requiring_grad(args)
         return raw(carrying(function, state, selection(state)), *args, **kwargs)
 
     return checkpoint
+
+
+def _requiring_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Reentrant checkpointing makes no gradients for a layer none of whose inputs requires one, as in a frozen base."""
+    floating = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
+    if not floating or not torch.is_grad_enabled() or any(args[i].requires_grad for i in floating):
+        return args
+    first = floating[0]
+    return (*args[:first], args[first].detach().requires_grad_(), *args[first + 1 :])
 
 
 def _set_checkpointing(self: nn.Module, function: Callable[..., Any]) -> None:
