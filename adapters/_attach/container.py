@@ -35,7 +35,8 @@ class Entry(nn.Module):
     def __init__(self, method: Method, site: Site | str, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.method, self.site = method, site
-        for name, tensor in tensors.items():
+        # one order, fresh or loaded: an optimizer's state is matched with parameters by their order
+        for name, tensor in sorted(tensors.items()):
             if hasattr(self, name) or "." in name or not name:
                 raise AdapterError(f"method {method.name!r} cannot call a tensor {name!r}: the name is taken.")
             self.register_parameter(name, nn.Parameter(tensor))
