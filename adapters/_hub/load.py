@@ -56,6 +56,7 @@ def load_base(
     else:
         source = _elsewhere(name)
     import transformers
+    from safetensors import SafetensorError
 
     shared = {key: kwargs[key] for key in _SHARED if key in kwargs}
     try:
@@ -65,7 +66,7 @@ def load_base(
         dtype = dtype or (torch.bfloat16 if quantize else "auto")
         auto = getattr(transformers, _CLASSES[kind or _kind(config)])
         model = auto.from_pretrained(source, dtype=dtype, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"{name!r} cannot be loaded: {_first_sentence(error)}") from error
     model.name_or_path = model.config._name_or_path = name  # a cache path would say nothing to another reader
     if quantize is not None:

@@ -69,10 +69,10 @@ def print_examples(
 ) -> None:
     """The first held-out rows with the right answer and both models' answers."""
     for row in range(min(count, len(base))):
-        console.print(Text(f"\n{row + 1}. {lesson.prompt(row)}", style="bold"))
+        console.print(Text(f"\n{row + 1}. {lesson.prompt(row)}", style="bold"), soft_wrap=True)
         said = {"right": lesson.reference(row), lesson.baseline: base[row].text, "adapted": adapted[row].text}
         for name, text in said.items():
-            console.print(Text(f"   {name:<{max(map(len, said))}}  {_short(text)}"))
+            console.print(Text(f"   {name:<{max(map(len, said))}}  {_short(text)}"), soft_wrap=True)
 
 
 def print_outcome(console: Console, outcome: Outcome) -> None:
@@ -86,7 +86,7 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
         f"wall time   {outcome.seconds:.0f} s, of which training {outcome.training_seconds:.0f} s",
         f"peak memory {peak}",
     ]
-    console.print(Text("\n".join(lines)))
+    console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
 def _shares(answers: Sequence[Answer]) -> dict[str, float]:

@@ -51,7 +51,7 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
             torch.manual_seed(recipe.training.seed)
             method = _started(recipe, lesson, tokenizer)
             report = adapters.attach(model, method, name="default", targets=recipe.targets, tokenizer=tokenizer)
-            console.print(str(report), highlight=False)
+            console.print(str(report), highlight=False, markup=False, soft_wrap=True)
             with (
                 adapters.using(model, None),
                 _rows(console, f"scoring the {lesson.baseline}", lesson.rows()) as advance,
