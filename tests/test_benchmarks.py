@@ -1,0 +1,109 @@
+"""The benchmarks on a tiny model, and the arithmetic of their table against numbers made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from benchmarks import attaching, inference, measure, merging, storing, training
+from benchmarks.measure import Pair, Row, Side, measure_row
+from benchmarks.result import COLUMNS, LIMIT, Line, facts, markdown
+from benchmarks.twins import Setting
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    return Setting(lambda dtype: tiny.build("llama", dtype), rows=2, tokens=8, scratch=tmp_path)
+
+
+def row(rows: list[Row], name: str) -> Row:
+    return next(row for row in rows if name in row.name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "units"),
+    [
+        (training.ROWS, "LoRA r16, fp32", ["CPU ms", "saved MiB"]),
+        (training.ROWS, "prefix", ["CPU ms", "saved MiB"]),
+        (inference.ROWS, "forward, LoRA r16, fp32", ["CPU ms"]),
+        (attaching.ROWS, "attach", ["CPU ms"]),
+        (storing.ROWS, "load, raw", ["CPU ms"]),
+        (storing.ROWS, "hot swap, raw", ["CPU ms"]),
+        (storing.ROWS, "save, raw", ["CPU ms"]),
+        (merging.ROWS, "merge arithmetic, fp32", ["CPU ms"]),
+    ],
+)
+def test_a_row_runs_beside_peft_and_both_sides_agree(
+    setting: Setting, rows: list[Row], name: str, units: list[str]
+) -> None:
+    lines = measure_row(row(rows, name), setting, pairs=1)
+    assert [line.unit for line in lines] == units
+    for line in lines:
+        assert line.gated
+        assert line.ratio is not None
+        assert line.ratio > 0
+
+
+def test_sides_that_do_not_agree_are_an_error(setting: Setting) -> None:
+    def differ(ours: Any, theirs: Any) -> None:
+        assert ours == theirs, "not the same work"
+
+    with pytest.raises(AssertionError, match="not the same work"):
+        measure_row(Row("r", lambda _: Pair(Side(lambda: 1), Side(lambda: 2), differ)), setting, pairs=1)
+
+
+def test_the_ratio_is_the_median_of_the_pairwise_ratios() -> None:
+    line = Line("r", "CPU ms", (1.0, 8.0, 3.0), (2.0, 2.0, 3.0), "PEFT", True)
+    assert line.ratios == (0.5, 4.0, 1.0)
+    assert line.ratio == 1.0  # the ratio of the medians would be 1.5
+    assert line.record()["min"] == 0.5
+    assert line.record()["max"] == 4.0
+    assert (line.record()["ours"], line.record()["peer"]) == (3.0, 2.0)
+    assert line.cells() == ("r", "CPU ms", "3", "2", "PEFT", "1.000", "0.500", "4.000", "ok")
+
+
+def test_imports_compare_the_smallest_of_each_side() -> None:
+    line = Line("r", "import ms", (9.0, 5.0), (100.0, 50.0), "PEFT", True)
+    assert line.ratio == 0.1
+    assert line.record()["ours"] == 5.0
+
+
+@pytest.mark.parametrize(
+    ("theirs", "beside", "gated", "verdict"),
+    [
+        ((1.0,), "PEFT", True, "ok"),
+        ((1.06 / LIMIT,), "PEFT", True, "ok"),
+        ((0.9,), "PEFT", True, "over"),
+        ((0.5,), "PEFT", False, "more work"),
+        ((0.5,), "bare base", False, "no peer"),
+        ((), "", False, "no peer"),
+    ],
+)
+def test_verdicts(theirs: tuple[float, ...], beside: str, gated: bool, verdict: str) -> None:
+    assert Line("r", "CPU ms", (1.0,), theirs, beside, gated).verdict == verdict
+
+
+def test_saved_bytes_count_a_storage_once_and_parameters_not_at_all() -> None:
+    w = torch.ones(256, 512, requires_grad=True)  # 0.5 MiB
+    x = torch.ones(512, 1024)  # 2 MiB
+
+    def run() -> torch.Tensor:
+        return (w @ x).sum() + (w @ x.mT.mT).sum()  # the view shares the storage of x
+
+    assert measure.saved_bytes(run, own=(w,))[0] == 2.0
+    assert measure.saved_bytes(run, own=())[0] == 2.0  # nothing needs w: x wants no gradient
+    assert measure.saved_bytes(run, own=(w, x))[0] == 0.0
+
+
+def test_the_results_name_versions_and_no_machine() -> None:
+    about = facts(12.3, 7)
+    text = markdown([Line("r", "CPU ms", (1.0,), (2.0,), "PEFT", True)], about, "What is measured.")
+    assert f"| {' | '.join(COLUMNS)} |" in text
+    assert "| r | CPU ms | 1 | 2 | PEFT | 0.500 | 0.500 | 0.500 | ok |" in text
+    assert set(json.loads(json.dumps(about))) >= {"date", "cpu", "torch", "pairs"}
+    assert about["seconds"] == 12
