@@ -19,7 +19,6 @@ import adapters
 from adapters._attach import adapters_of, base_parameters, base_weight, tensors_of
 from adapters._contract import KeyValueMethod, WeightMethod, WeightSite
 
-SHAKE = 0.08
 GRAD_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -33,6 +32,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     nf4: bool = False
+    noise: float = 0.08
 
     def base(self) -> nn.Module:
         model = self.build()
@@ -47,16 +47,19 @@ class Case:
     def shaken(self, name: str = "fr", seed: int = 11) -> nn.Module:
         model = self.base()
         self.attach(model, name)
-        shake(model, name, seed)
+        self.shake(model, name, seed)
         return model
 
+    def shake(self, model: nn.Module, name: str = "fr", seed: int = 11) -> None:
+        shake(model, name, seed, self.noise)
 
-def shake(model: nn.Module, name: str, seed: int = 11) -> None:
+
+def shake(model: nn.Module, name: str, seed: int = 11, noise: float = 0.08) -> None:
     """Adds to every trained tensor its own noise, so that no tensor is zero and no two are alike."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in tensors_of(model, name).values():
-            tensor.add_((SHAKE * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype))
+            tensor.add_((noise * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype))
 
 
 def output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -131,7 +134,7 @@ def law_4_detach_restores(case: Case, folder: Path) -> None:
         parameter.requires_grad_(index % 2 == 0)
     before, expected = snapshot(model), output(model, case.inputs)
     case.attach(model)
-    shake(model, "fr")
+    case.shake(model)
     output(model, case.inputs)
     assert any(type(module) is not before["types"].get(path) for path, module in model.named_modules())
     adapters.detach(model, "fr")
@@ -165,7 +168,7 @@ def law_6_checkpointing_gives_the_same_gradients(case: Case, folder: Path) -> No
         if when == "before":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         case.attach(model)
-        shake(model, "fr")
+        case.shake(model)
         if when != "before":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": when == "reentrant"})
         found = gradients(model, case, train=True, backward=when)
@@ -249,7 +252,7 @@ def law_11_two_adapters_do_not_disturb_each_other(case: Case, folder: Path) -> N
     assert not torch.equal(alone["ad1"], alone["ad10"])
     model = case.shaken("ad1", 21)
     case.attach(model, "ad10")
-    shake(model, "ad10", 22)
+    case.shake(model, "ad10", 22)
     for name in ("ad10", "ad1", "ad10"):
         adapters.activate(model, name)
         assert torch.equal(output(model, case.inputs), alone[name]), name

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from laws import LAWS, Case, output
+from laws import LAWS, Case, output, relative
 from test_laws import OPTIONS
 from torch import nn
 
@@ -62,7 +62,7 @@ def cases() -> list[Any]:
 def test_law(name: str, label: str, precision: str, law: Callable[[Case, Path], None], tmp_path: Path) -> None:
     method, options = OPTIONS[label]
     dtype = DTYPES.get(precision, torch.bfloat16)
-    case = Case(partial(base, name, dtype), inputs(name), method, options, dtype, precision == "nf4")
+    case = Case(partial(base, name, dtype), inputs(name), method, options, dtype, precision == "nf4", noise=0.04)
     law(case, tmp_path / "adapter")
 
 
@@ -77,4 +77,14 @@ def test_a_prefix_starts_as_a_real_prompt() -> None:
     report = adapters.attach(model, "prefix", text=text, tokenizer=tokenizer)
     assert f"text of {prompt.shape[1]} tokens" in str(report)
     found = output(model, {"input_ids": ids})
-    assert ((found - expected).norm() / expected.norm()).item() < 1e-4
+    assert relative(found, expected) < 1e-4
+
+
+def test_a_merged_nf4_base_is_within_two_percent_in_bf16() -> None:
+    name = "smollm2-135m-instruct"
+    case = Case(partial(base, name, torch.bfloat16), inputs(name), "qlora", {"rank": 8}, torch.bfloat16, True, 0.02)
+    model = case.shaken()
+    adapted = output(model, case.inputs)
+    certificate = adapters.merge(model, "fr", example=case.inputs)
+    merged = output(model, case.inputs)
+    assert relative(merged, adapted) < 2e-2 < certificate.effect
