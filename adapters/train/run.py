@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +66,10 @@ def train(recipe: Recipe, output: str | Path | None = None, console: Console | N
             print_examples(console, lesson, base, adapted, recipe.evaluation.examples)
             adapters.save(model, "default", folder, facts=_facts(recipe, lesson, scores, trained))
             state = f"the adapter is in {folder}, but was not yet compared in a fresh base"
-            equal, difference = _compare_fresh(recipe, lesson, model, tokenizer, folder, console)
+            rows = range(min(recipe.evaluation.examples, lesson.rows()))
+            expected = _outputs(lesson, model, tokenizer, rows)
+            del model
+            equal, difference = _compare_fresh(lesson, expected, folder, rows, console)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted: {state}. Run the command again, or shorter with --set training.steps=20."
@@ -131,17 +135,21 @@ def _train(lesson: Lesson, model: Any, tokenizer: Any) -> tuple[Trained, float]:
     return trained, time.perf_counter() - started
 
 
+def _outputs(lesson: Lesson, model: Any, tokenizer: Any, rows: range) -> tuple[list[str], torch.Tensor]:
+    answers = lesson.answers(model, tokenizer, rows, lambda done: None)
+    return [answer.text for answer in answers], lesson.logits(model, tokenizer, rows)
+
+
 def _compare_fresh(
-    recipe: Recipe, lesson: Lesson, model: Any, tokenizer: Any, folder: Path, console: Console
+    lesson: Lesson, expected: tuple[list[str], torch.Tensor], folder: Path, rows: range, console: Console
 ) -> tuple[bool, float]:
     """Whether the saved adapter on a fresh base answers like the trained model, and how far its logits are off."""
-    rows = range(min(recipe.evaluation.examples, lesson.rows()))
+    gc.collect()  # the trained model: two bases at once would set the peak of memory
     with console.status("loading the adapter into a fresh base"):
-        fresh, _ = lesson.load()
+        fresh, tokenizer = lesson.load()
         adapters.load(fresh, folder, name="default")
-        answers = [[a.text for a in lesson.answers(m, tokenizer, rows, lambda done: None)] for m in (model, fresh)]
-        logits = [lesson.logits(m, tokenizer, rows) for m in (model, fresh)]
-    return answers[0] == answers[1], float((logits[0] - logits[1]).abs().max())
+        answers, logits = _outputs(lesson, fresh, tokenizer, rows)
+    return answers == expected[0], float((logits - expected[1]).abs().max())
 
 
 def _facts(recipe: Recipe, lesson: Lesson, scores: Scores, trained: Trained) -> dict[str, Any]:
