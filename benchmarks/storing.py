@@ -89,7 +89,7 @@ def _fingerprint(setting: Setting) -> Pair:
 
 @contextlib.contextmanager
 def unverified() -> Iterator[None]:
-    """Saving without fsync, digests, fingerprint or a look for NaN: the record that is written then would be refused when read."""
+    """Saving without fsync, digests, fingerprint and the look for NaN; the record is then one that would be refused."""
 
     def nothing(*args: Any, **kwargs: Any) -> Any:  # a Mock would take longer than what it stands for
         return ""

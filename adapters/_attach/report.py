@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from adapters._contract import Site, WeightSite
+from adapters._contract import Method, Site, WeightSite
 from adapters._sites import SiteMap
 
 
@@ -36,6 +37,17 @@ class AttachReport:
         lines += [f"  trains the head {path} and saves it with the adapter" for path in self.head]
         lines += [f"  not adapted: {count} sites ({reason})" for reason, count in self.left.items()]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def in_short(method: Method) -> str:
+    """A method as it would be written, with long texts cut."""
+    shown = []
+    for each in fields(method):
+        value = getattr(method, each.name)
+        shown.append(
+            f"{each.name}={textwrap.shorten(value, 60)!r}" if isinstance(value, str) else f"{each.name}={value!r}"
+        )
+    return f"{type(method).__name__}({', '.join(shown)})"
 
 
 def describe(found: SiteMap, chosen: tuple[Site, ...]) -> tuple[dict[str, int], float | None, dict[str, int]]:

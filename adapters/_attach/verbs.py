@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adapters import _registry
 from adapters._attach.entries import bare_copy
 from adapters._attach.install import base_parameters, install, remove
-from adapters._attach.report import AttachReport, describe
+from adapters._attach.report import AttachReport, describe, in_short
 from adapters._attach.start import prefix_start
 from adapters._attach.state import State, adapters_of, holding, state_of
 from adapters._attach.weights import base_weight
@@ -93,7 +93,7 @@ def attach(
     install(model, name, chosen_method, chosen, tensors, head=heads, trainable=True, facts=facts)
     roles, share, left = describe(found, chosen)
     size, base = sum(t.numel() for t in tensors.values()), sum(p.numel() for p in base_parameters(model).values())
-    return AttachReport(name, repr(chosen_method), roles, size, base, share, heads, left, tuple(notes))
+    return AttachReport(name, in_short(chosen_method), roles, size, base, share, heads, left, tuple(notes))
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
