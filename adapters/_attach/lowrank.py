@@ -20,48 +20,54 @@ from adapters._contract import Factors
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, left: Tensor, right: Tensor, scale: float, inplace: bool) -> Tensor:
-        wide = _wide(y)
-        inner = _rows(x).to(wide) @ right.to(wide).mT
+        inner = _inner(y, x, right, scale)
         ctx.save_for_backward(x, left, right, inner)
         ctx.scale = scale
         if inplace:
             ctx.mark_dirty(y)
-        return _add(y, inner, left.to(wide), scale, inplace)
+        return _add(y, inner, left, inplace)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, left, right, inner = ctx.saved_tensors
-        grads, wide = ctx.needs_input_grad, inner.dtype
-        rows = _rows(dy).to(wide)
-        # d(x A^T) = s dy B;  dB = s dy^T (x A^T);  dA = d(x A^T)^T x;  dx = d(x A^T) A
-        d_inner = (rows @ left.to(wide)).mul_(ctx.scale) if grads[1] or grads[3] else None
-        d_left = (rows.mT @ inner).mul_(ctx.scale).to(left.dtype) if grads[2] else None
-        d_right = (d_inner.mT @ _rows(x).to(wide)).to(right.dtype) if d_inner is not None and grads[3] else None
-        d_x = (d_inner @ right.to(wide)).view(x.shape).to(x.dtype) if d_inner is not None and grads[1] else None
-        return dy if grads[0] else None, d_x, d_left, d_right, None, None
+        to_y, to_x, to_left, to_right, *_ = ctx.needs_input_grad
+        rows = _rows(dy).to(inner.dtype)
+        # d(x A^T) = s dy B;  dB = dy^T (s x A^T);  dA = d(x A^T)^T x;  dx = d(x A^T) A
+        d_left = torch.mm(rows.mT, inner).to(left.dtype) if to_left else None
+        d_right = d_x = None
+        if to_x or to_right:
+            d_inner = torch.mm(rows, left.to(inner.dtype)).mul_(ctx.scale)
+            if to_right:
+                d_right = torch.mm(d_inner.mT, _rows(x).to(inner.dtype)).to(right.dtype)
+            if to_x:
+                d_x = torch.mm(d_inner, right.to(inner.dtype)).to(x.dtype).view(x.shape)
+        return dy if to_y else None, d_x, d_left, d_right, None, None
 
 
-def _wide(y: Tensor) -> torch.dtype:
-    """The dtype of the rank-wide products.
+def _inner(y: Tensor, x: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * x @ right.T: (rows of x, rank).
 
-    On CPUs fp32: 16-bit products of rank 16 take 1.2 to 2.4 times as long there, and their factors would be cast first.
+    On CPUs in fp32 where y has 16 bits: products of rank 16 take 1.2 to 2.4 times as long in bf16 there (128 rows,
+    AVX512-BF16), and both factors would be cast at every call.
     """
-    return torch.float32 if y.device.type == "cpu" and y.dtype.itemsize == 2 else y.dtype
+    wide = torch.float32 if y.device.type == "cpu" and y.dtype.itemsize == 2 else y.dtype
+    return torch.mm(_rows(x).to(wide), right.to(wide).mT).mul_(scale)
+
+
+def _add(y: Tensor, inner: Tensor, left: Tensor, inplace: bool) -> Tensor:
+    out = left.to(inner.dtype).mT
+    if inner.dtype != y.dtype:
+        change = torch.mm(inner, out).to(y.dtype).view(y.shape)
+        return y.add_(change) if inplace else y + change
+    if inplace:
+        _rows(y).addmm_(inner, out)
+        return y
+    return torch.addmm(_rows(y), inner, out).view(y.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _add(y: Tensor, inner: Tensor, left: Tensor, scale: float, inplace: bool) -> Tensor:
-    if inner.dtype != y.dtype:
-        change = (inner @ left.mT).view(y.shape)
-        return y.add_(change, alpha=scale) if inplace else torch.add(y, change.to(y.dtype), alpha=scale)
-    if inplace:
-        y.view(-1, y.shape[-1]).addmm_(inner, left.mT, alpha=scale)
-        return y
-    return torch.addmm(_rows(y), inner, left.mT, alpha=scale).view(y.shape)
 
 
 def add_lowrank(y: Tensor, x: Tensor, low: Factors, fresh: bool) -> Tensor:
@@ -77,9 +83,14 @@ def add_lowrank(y: Tensor, x: Tensor, low: Factors, fresh: bool) -> Tensor:
         xc = x.to(y.dtype)
         return y + low.scale * (xc @ low.right.to(y.dtype).mT @ low.left.to(y.dtype).mT)
     inplace = fresh and y.is_contiguous() and not y._is_view() and not (y.is_leaf and y.requires_grad)
-    with torch.autocast(y.device.type, enabled=False):  # y already has autocast's dtype
-        if torch.is_grad_enabled():
-            out: Tensor = _AddLowRank.apply(y, x, low.left, low.right, low.scale, inplace)  # type: ignore[no-untyped-call]
-            return out
-        wide = _wide(y)
-        return _add(y, _rows(x).to(wide) @ low.right.to(wide).mT, low.left.to(wide), low.scale, inplace)
+    if torch.is_autocast_enabled(y.device.type):  # y already has autocast's dtype
+        with torch.autocast(y.device.type, enabled=False):
+            return _run(y, x, low, inplace)
+    return _run(y, x, low, inplace)
+
+
+def _run(y: Tensor, x: Tensor, low: Factors, inplace: bool) -> Tensor:
+    if torch.is_grad_enabled():
+        out: Tensor = _AddLowRank.apply(y, x, low.left, low.right, low.scale, inplace)  # type: ignore[no-untyped-call]
+        return out
+    return _add(y, _inner(y, x, low.right, low.scale), low.left, inplace)
