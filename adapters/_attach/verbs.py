@@ -71,7 +71,7 @@ def attach(
         ...     num_attention_heads=4, num_key_value_heads=2, vocab_size=160))
         >>> report = adapters.attach(model, "lora", name="fr", rank=4)
         >>> report.sites["attention.query"], report.parameters
-        (2, 13312)
+        (2, 7424)
         >>> adapters.detach(model, "fr")
     """
     chosen_method = make_method(method, hyperparameters)
