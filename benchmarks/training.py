@@ -83,5 +83,5 @@ ROWS = [
         needs=("bitsandbytes",),
     ),
     _row("prefix 16, fp32", _prefix),
-    _row("bottleneck, fp32", _bottleneck, peer="bare base", gated=False),
+    _row("bottleneck, fp32", _bottleneck, peer="bare base", gated=False, most_pairs=3),
 ]

@@ -20,7 +20,7 @@ LORA: dict[str, Any] = {"rank": 16, "alpha": 32.0}
 NAME = "default"  # what PEFT calls the adapter that it loads
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _smollm2(dtype: torch.dtype) -> nn.Module:
     model, _ = adapters.load_base("smollm2-135m-instruct", dtype=dtype)
     return model
