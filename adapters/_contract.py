@@ -164,7 +164,14 @@ class WeightMethod(Method):
         if low is not None:
             return low.scale * (x @ low.right.mT @ low.left.mT)
         dense = w.dense()
-        return x @ (self.weight(dense, p) - dense).to(x.dtype).mT
+        return x @ (self.changed(dense, p) - dense).to(x.dtype).mT
+
+    def changed(self, w: Tensor, p: Tensors) -> Tensor:
+        """`weight(w, p)`, refused where its shape is not that of `w`: broadcasting would hide the mistake."""
+        new = self.weight(w, p)
+        sentence = f"method {self.name!r} makes a weight of shape {tuple(new.shape)} from one of {tuple(w.shape)}."
+        require(new.shape == w.shape, sentence)
+        return new
 
 
 @dataclass(frozen=True)
@@ -188,9 +195,13 @@ class StreamMethod(Method):
 
 @dataclass(frozen=True)
 class KeyValueMethod(Method):
-    """Prepends trained keys and values to an attention's own."""
+    """Prepends `length` trained keys and values to an attention's own.
+
+    `positions` "before" leaves the real tokens where they are, "shifted" moves them by `length`.
+    """
 
     kind: ClassVar[str] = "keyvalue"
+    length: int = 0
     positions: Literal["before", "shifted"] = "before"
 
     def start(self) -> str | int:

@@ -1,9 +1,10 @@
 """Attaching in place: class swap, tensors in children, one State a model."""
 
 from adapters._attach import positions  # prepares position ids before forwards with a prefix
+from adapters._attach.entries import bare_copy
 from adapters._attach.install import base_parameters, install, remove, replace, tensors_of
 from adapters._attach.report import AttachReport
-from adapters._attach.state import Adapter, adapters_of, state_of
+from adapters._attach.state import Adapter, adapters_of, state_of, unwrapped
 from adapters._attach.verbs import activate, attach, detach, make_method, using
 from adapters._attach.weights import base_weight, read_weight
 
@@ -13,6 +14,7 @@ __all__ = [
     "activate",
     "adapters_of",
     "attach",
+    "bare_copy",
     "base_parameters",
     "base_weight",
     "detach",
@@ -24,5 +26,6 @@ __all__ = [
     "replace",
     "state_of",
     "tensors_of",
+    "unwrapped",
     "using",
 ]

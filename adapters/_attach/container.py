@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules import module as module_hooks
 
 from adapters._attach.factored import Factored
 from adapters._attach.lowrank import add_lowrank
@@ -32,9 +33,11 @@ class Container(nn.ModuleDict):
 class Entry(nn.Module):
     """One adapter's tensors at one site. Entries missing from a base's state dict are not an error of that dict."""
 
-    def __init__(self, method: Method, site: Site | str, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, method: Method, site: Site, tensors: Mapping[str, Tensor], **own: Any) -> None:
         super().__init__()
         self.method, self.site = method, site
+        for name, value in own.items():
+            self.__dict__[name] = value  # before the tensors, whose names must not hide them; never a child
         # one order, fresh or loaded: an optimizer's state is matched with parameters by their order
         for name, tensor in sorted(tensors.items()):
             if hasattr(self, name) or "." in name or not name:
@@ -52,21 +55,22 @@ class Entry(nn.Module):
 class CalledWeight(Entry):
     """The change of a weight whose module is called: adds the method's delta to the module's output."""
 
+    w: BaseWeight
+    fresh: bool
+
     def __init__(
         self, method: WeightMethod, site: WeightSite, tensors: Mapping[str, Tensor], w: BaseWeight, fresh: bool
     ) -> None:
-        super().__init__(method, site, tensors)
-        self.w, self.fresh = w, fresh
-        self.dropout = float(getattr(method, "dropout", 0.0))
+        super().__init__(method, site, tensors, w=w, fresh=fresh)
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+        if self.training and (dropout := _dropout(self.method)):
+            x = F.dropout(x, dropout)
         method, p = cast(WeightMethod, self.method), self.tensors()
         low = method.factors(p)
         if low is not None:
-            return add_lowrank(y, x, low, self.fresh)
+            return add_lowrank(y, x, low, self.fresh and _unobserved(self.w.owner))
         # without a low-rank shortcut the delta is the difference of two near weights: computed in the tensors' dtype
         return y + method.delta(x.to(_dtype(p)), y, self.w, p).to(y.dtype)
 
@@ -74,29 +78,32 @@ class CalledWeight(Entry):
 class ReadWeight(Entry):
     """The change of a weight that other code reads: stands in for the parameter while the adapter acts."""
 
+    w: BaseWeight
+
     def __init__(self, method: WeightMethod, site: WeightSite, tensors: Mapping[str, Tensor], w: BaseWeight) -> None:
-        super().__init__(method, site, tensors)
-        self.w = w
+        super().__init__(method, site, tensors, w=w)
 
     def forward(self, stored: Tensor | Factored) -> Tensor | Factored:
         method, p, transposed = cast(WeightMethod, self.method), self.tensors(), self.w.transposed
         low = method.factors(p)
         if low is not None and isinstance(stored, Tensor):
             left, right = (low.right.mT, low.left.mT) if transposed else (low.left, low.right)
-            return Factored(stored, left.to(stored.dtype), right.to(stored.dtype), low.scale)
+            dropout = _dropout(method) if self.training else 0.0
+            return Factored(stored, left.to(stored.dtype), right.to(stored.dtype), low.scale, dropout)
         dense = stored.dense("a second adapter") if isinstance(stored, Factored) else stored
-        changed = method.weight(dense.mT if transposed else dense, p)
+        changed = method.changed(dense.mT if transposed else dense, p)
         return (changed.mT if transposed else changed).to(dense.dtype)
 
 
 class Stream(Entry):
     """The change of a branch's output before it is added to the residual stream."""
 
+    tap: nn.Module | None
+
     def __init__(
         self, method: StreamMethod, site: StreamSite, tensors: Mapping[str, Tensor], tap: nn.Module | None
     ) -> None:
-        super().__init__(method, site, tensors)
-        self.__dict__["tap"] = tap  # not a child: it belongs to the base
+        super().__init__(method, site, tensors, tap=tap)
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         site, method, p = cast(StreamSite, self.site), cast(StreamMethod, self.method), self.tensors()
@@ -108,6 +115,8 @@ class Stream(Entry):
             x = x.reshape(seen.shape)
         cast_p = {name: tensor.to(dtype) for name, tensor in p.items()}
         changed = method.stream(x, seen, cast_p).to(dtype)
+        if changed.shape != seen.shape:
+            raise AdapterError(f"method {method.name!r} makes {tuple(changed.shape)} of an output {tuple(seen.shape)}.")
         return _put(output, site.output, changed if site.axis == -1 else changed.movedim(-1, site.axis))
 
     def _input(self, site: StreamSite, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -116,7 +125,7 @@ class Stream(Entry):
             at = site.input
             found = args[at] if isinstance(at, int) and at < len(args) else named.get(at)
         else:
-            found = take_tap(self.__dict__["tap"])
+            found = take_tap(self.tap) if self.tap is not None else None
         if not isinstance(found, Tensor):
             raise AdapterError(f"the input of the branch at {site.path} did not reach it in this forward.")
         return found
@@ -130,19 +139,30 @@ class KeyValue(Entry):
 
 
 class Replica(nn.Module):
-    """A trained copy of a head: while its adapter acts it answers in the head's place, in the head's own dtype."""
+    """A trained copy of a head: while its adapter acts it answers in the head's place, in the dtype of its input."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
-        self.dtype = next(head.parameters()).dtype
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
-        trained = {name: p.to(self.dtype) for name, p in self.head.named_parameters()}
+        inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+        trained = {name: p.to(inputs[0].dtype) if inputs else p for name, p in self.head.named_parameters()}
         return functional_call(self.head, trained, args, dict(kwargs))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Has no tensors of its own."""
+
+
+def _dropout(method: Method) -> float:
+    return float(getattr(method, "dropout", 0.0))
+
+
+def _unobserved(owner: nn.Module) -> bool:
+    """Whether nobody else can hold the output of this module's call: no hook saw it, nothing replaced its forward."""
+    hooks = owner._forward_hooks or owner._backward_hooks or owner._backward_pre_hooks
+    everywhere = module_hooks._global_forward_hooks or module_hooks._global_backward_hooks
+    return not hooks and not everywhere and "forward" not in owner.__dict__
 
 
 def _dtype(p: Mapping[str, Tensor]) -> torch.dtype:

@@ -26,19 +26,26 @@ _METADATA = frozenset(
 
 
 class Factored:
-    """`base + scale * left @ right`: base (..., n, m), left (..., n, rank), right (..., rank, m), in storage order."""
+    """`base + scale * left @ right`: base (..., n, m), left (..., n, rank), right (..., rank, m), in storage order.
 
-    __slots__ = ("base", "left", "right", "scale")
+    `dropout` is the probability with which elements of what is multiplied with the change are zeroed.
+    """
 
-    def __init__(self, base: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-        self.base, self.left, self.right, self.scale = base, left, right, scale
+    __slots__ = ("base", "dropout", "left", "right", "scale")
+
+    def __init__(self, base: Tensor, left: Tensor, right: Tensor, scale: float, dropout: float = 0.0) -> None:
+        self.base, self.left, self.right, self.scale, self.dropout = base, left, right, scale, dropout
+
+    def dropped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype)
+        return F.dropout(x, self.dropout) if self.dropout else x
 
     def dense(self, asked_by: str = "dense") -> Tensor:
         formed_densely[asked_by] += 1
         return self.base + (self.scale * (self.left @ self.right)).to(self.base.dtype)
 
     def with_parts(self, change: Callable[[Tensor], Tensor]) -> Factored:
-        return Factored(change(self.base), change(self.left), change(self.right), self.scale)
+        return Factored(change(self.base), change(self.left), change(self.right), self.scale, self.dropout)
 
     def __getitem__(self, index: Any) -> Any:
         leading = not isinstance(index, (tuple, slice)) or (isinstance(index, tuple) and len(index) == 1)
@@ -49,7 +56,7 @@ class Factored:
     def transpose(self, first: int, second: int) -> Any:
         n = self.base.dim()
         if {first % n, second % n} == {n - 2, n - 1}:
-            return Factored(self.base.mT, self.right.mT, self.left.mT, self.scale)
+            return Factored(self.base.mT, self.right.mT, self.left.mT, self.scale, self.dropout)
         return self.dense("transpose").transpose(first, second)
 
     def t(self) -> Any:
@@ -104,7 +111,7 @@ def _linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     if not isinstance(w, Factored) or not isinstance(x, Tensor):
         return None
     y: Tensor = F.linear(x, w.base, bias)
-    delta: Tensor = (x.to(w.right.dtype) @ w.right.mT) @ w.left.mT
+    delta: Tensor = (w.dropped(x, w.right.dtype) @ w.right.mT) @ w.left.mT
     return y + w.scale * delta.to(y.dtype)
 
 
@@ -115,10 +122,10 @@ def _product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     a, b = reversed(args) if getattr(func, "__name__", "") == "__rmatmul__" else args
     if isinstance(b, Factored) and isinstance(a, Tensor):
         y: Tensor = torch.matmul(a, b.base)
-        return y + b.scale * ((a.to(b.left.dtype) @ b.left) @ b.right).to(y.dtype)
+        return y + b.scale * ((b.dropped(a, b.left.dtype) @ b.left) @ b.right).to(y.dtype)
     if isinstance(a, Factored) and isinstance(b, Tensor):
         y = torch.matmul(a.base, b)
-        return y + a.scale * (a.left @ (a.right @ b.to(a.left.dtype))).to(y.dtype)
+        return y + a.scale * (a.left @ (a.right @ a.dropped(b, a.left.dtype))).to(y.dtype)
     return None
 
 
@@ -129,7 +136,7 @@ def _added(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     c, x = args[:2]
     w: Factored = args[2]
     y: Tensor = func(c, x, w.base)
-    delta: Tensor = (x.to(w.left.dtype) @ w.left) @ w.right
+    delta: Tensor = (w.dropped(x, w.left.dtype) @ w.left) @ w.right
     return y + w.scale * delta.to(y.dtype)
 
 
@@ -143,7 +150,7 @@ def _grouped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     missing = -w.left.shape[-1] % 8
     left = F.pad(w.left, (0, missing)).to(x.dtype).contiguous()
     right = F.pad(w.right, (0, 0, 0, missing)).to(x.dtype).contiguous()
-    inner = func(x, left, *rest, **kwargs)
+    inner = func(w.dropped(x, x.dtype), left, *rest, **kwargs)
     delta: Tensor = func(inner, right, *rest, **kwargs)
     return y + w.scale * delta.to(y.dtype)
 

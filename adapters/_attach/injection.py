@@ -7,75 +7,73 @@ past the key-value cache, so it works with gradient checkpointing, packing, enco
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters._attach.container import CHILD, Container, KeyValue
-from adapters._attach.state import STATE, State, selection
+from adapters._attach.state import STATE, State, after_copy, selection
+from adapters._contract import KeyValueMethod
+from adapters._dispatch import Attention, unwrap_attention, wrap_attention, wrapping_attention
 from adapters._errors import AdapterError
 
-Attention = Callable[..., Any]
 Recorder = Callable[[nn.Module, Tensor, Tensor], None]
-_users: set[int] = set()  # ids of what needs the injection: States with a prefix, recordings under way
-_original: list[Callable[..., Attention]] = []
-_recorders: list[Recorder] = []
+_users: set[int] = set()  # ids of the States that hold a prefix
 
 
-def provide(user: State | recording) -> None:
+def provide(state: State) -> None:
     """Routes attention through this module, from the first model that has a prefix on."""
-    if id(user) not in _users:
-        _users.add(id(user))
-        weakref.finalize(user, _withdraw, id(user)).atexit = False  # a model that is dropped without being detached
-    if not _original:
-        from transformers.modeling_utils import AttentionInterface
-
-        _original.append(AttentionInterface.get_interface)
-        AttentionInterface.get_interface = _get_interface
+    if id(state) not in _users:
+        _users.add(id(state))
+        weakref.finalize(state, _withdraw, id(state)).atexit = False  # a model that is dropped without being detached
+    wrap_attention("prefix", _with_prefix)
 
 
-def withdraw(user: State | recording) -> None:
-    """Undoes `provide`; after the last user the interface is transformers' own again."""
-    _withdraw(id(user))
+def withdraw(state: State) -> None:
+    """Undoes `provide`; after the last model the interface is transformers' own again."""
+    _withdraw(id(state))
 
 
-def _withdraw(user: int) -> None:
-    _users.discard(user)
-    if not _users and _original:
-        from transformers.modeling_utils import AttentionInterface
-
-        AttentionInterface.get_interface = _original.pop()
+def _withdraw(state: int) -> None:
+    _users.discard(state)
+    if not _users:
+        unwrap_attention("prefix")
 
 
-class recording:
-    """`with recording(see):` calls `see(module, keys, values)` at each attention, keys (rows, heads, tokens, k_dim)."""
+@contextmanager
+def recording(see: Recorder) -> Iterator[None]:
+    """Calls `see(module, keys, values)` at each attention, keys (rows, heads, tokens, k_dim)."""
 
-    def __init__(self, see: Recorder) -> None:
-        self.see = see
+    def wrapper(attend: Attention, name: str) -> Attention:
+        def recorded(module: nn.Module, *args: Any, **kw: Any) -> Any:
+            given = dict(zip(_NAMES, args, strict=False)) | kw
+            see(module, given["key"], given["value"])
+            return attend(module, *args, **kw)
 
-    def __enter__(self) -> None:
-        provide(self)
-        _recorders.append(self.see)
+        return recorded
 
-    def __exit__(self, *error: object) -> None:
-        _recorders.remove(self.see)
-        withdraw(self)
+    with wrapping_attention(wrapper):
+        yield
 
 
-def _get_interface(self: Any, name: str, default: Attention) -> Attention:
-    attend = _original[0](self, name, default)
-
-    def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, *args: Any, **kw: Any) -> Any:
-        for see in _recorders:
-            see(module, k, v)
+def _with_prefix(attend: Attention, name: str) -> Attention:
+    def attention(module: nn.Module, *args: Any, **kw: Any) -> Any:
         prefix = _prefix(module)
         if prefix is None:
-            return attend(module, q, k, v, mask, *args, **kw)
-        return _attend(attend, name or "eager", prefix, (module, q, k, v, mask), args, kw)
+            return attend(module, *args, **kw)
+        # models pass the mask by position or by name, some the queries, keys and values too
+        given = dict(zip(_NAMES, args, strict=False))
+        q, k, v, mask = (given.get(key, kw.pop(key, None)) for key in _NAMES)
+        return _attend(attend, name, prefix, (module, q, k, v, mask), args[4:], kw)
 
     return attention
+
+
+_NAMES = ("query", "key", "value", "attention_mask")
 
 
 def _prefix(module: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -85,8 +83,8 @@ def _prefix(module: nn.Module) -> tuple[Tensor, Tensor] | None:
         return None
     entries = (held._modules.get(adapter.slot) for adapter in selection(state))
     parts = [cast(tuple[Tensor, Tensor], entry()) for entry in entries if isinstance(entry, KeyValue)]
-    if not parts:
-        return None
+    if len(parts) < 2:
+        return parts[0] if parts else None
     return torch.cat([k for k, _ in parts], -2), torch.cat([v for _, v in parts], -2)
 
 
@@ -100,8 +98,16 @@ def _attend(
     if k.shape[1] != pk.shape[1]:  # this implementation was handed keys that are repeated for grouped queries
         groups = k.shape[1] // pk.shape[1]
         pk, pv = pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1)
+    for key in ("indices", "block_indices"):
+        if kw.get(key) is not None:
+            raise AdapterError(f"this attention picks its keys by number ({key}), which a prefix would move.")
     causal = kw.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    bias = kw.get("position_bias")
+    if bias is not None:  # (1 or rows, heads, queries, keys): no bias for the prefix
+        kw["position_bias"] = F.pad(bias[..., -k.shape[2] :], (length, 0))
+        if mask is None and causal and queries > 1:
+            mask = torch.ones(queries, k.shape[2], dtype=torch.bool, device=q.device).tril_()[None, None]
     if mask is None and causal and queries > 1 and name != "eager":
         if kw.get("sliding_window") is not None and name.startswith("flash"):
             raise AdapterError(
@@ -130,3 +136,11 @@ def _extended(mask: Any, keys: int, length: int) -> Tensor:
         mask = mask.expand(*mask.shape[:-1], keys)
     visible = torch.ones if mask.dtype == torch.bool else torch.zeros
     return torch.cat([visible(*mask.shape[:-1], length, dtype=mask.dtype, device=mask.device), mask], -1)
+
+
+def _provide_again(state: State) -> None:
+    if any(isinstance(adapter.method, KeyValueMethod) for adapter in state.adapters.values()):
+        provide(state)
+
+
+after_copy.append(_provide_again)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from adapters._attach import injection
 from adapters._attach.container import Container
 from adapters._attach.entries import adapter_tensors, drop_slot, make_entries, place
-from adapters._attach.state import Adapter, State, state_of
-from adapters._attach.swap import CHECKPOINT, ENTER, FACES, add_faces, strip
+from adapters._attach.state import ENTER, FACES, STATE, Adapter, State, state_of, unwrapped
+from adapters._attach.swap import CHECKPOINT, PREPARE, add_faces, strip
 from adapters._contract import KeyValueMethod, Method, Site
 from adapters._errors import AdapterError
+from adapters._heads import base_model
 from adapters._quantize import guard_against_repacking
 
 
@@ -36,21 +37,37 @@ def install(
     Raises:
         AdapterError: the name is taken, a site does not exist in this model, or tensors are missing or superfluous.
     """
+    check_attachable(model, name)
+    model = unwrapped(model)
     found = state_of(model)
-    if found is not None and name in found.adapters:
-        raise AdapterError(f"an adapter {name!r} is attached already: detach or swap it, or choose another name.")
     state = found if found is not None else State(required_grad=_flags(model))
     guard_against_repacking(model)
     adapter = Adapter(name, state.new_slot(), method, tuple(sites), tuple(head), trainable, dict(facts or {}))
     made = make_entries(model, adapter, tensors)
-    if found is None:
-        _enter(model, state)
-    place(model, state, made, trainable)
-    _inject(state, adapter)
-    state.adapters = {**state.adapters, name: adapter}
-    if activate:
-        state.active = (adapter,)
+    try:
+        if found is None:
+            _enter(model, state)
+        place(model, state, made, trainable)
+        _inject(state, adapter)
+        state.adapters = {**state.adapters, name: adapter}
+        if activate:
+            state.active = (adapter,)
+    except BaseException:  # an interrupt, whose moment nobody chooses
+        _take_out(model, state, adapter)
+        raise
     return adapter
+
+
+def check_attachable(model: nn.Module, name: str) -> None:
+    """Refuses a name that is taken, and a model that is, or holds, a part of another attached model."""
+    model = unwrapped(model)
+    state = state_of(model)
+    if state is not None and name in state.adapters:
+        raise AdapterError(f"an adapter {name!r} is attached already: detach or swap it, or choose another name.")
+    for path, module in model.named_modules():
+        if module.__dict__.get(STATE, state) is not state:
+            where = f"its part {path}" if path else "a larger model of which this is a part"
+            raise AdapterError(f"adapters are attached to {where}: attach to one and the same model, or detach there.")
 
 
 def replace(
@@ -65,9 +82,15 @@ def replace(
 ) -> Adapter:
     """Exchanges an attached adapter in one step. A forward under way goes on with the version that it began with."""
     state, old = _attached(model, name)
+    model = unwrapped(model)
     new = Adapter(name, state.new_slot(), method, tuple(sites), tuple(head), old.trainable, dict(facts or {}))
-    place(model, state, make_entries(model, new, tensors), old.trainable)
-    _inject(state, new)
+    made = make_entries(model, new, tensors)
+    try:
+        place(model, state, made, old.trainable)
+        _inject(state, new)
+    except BaseException:
+        drop_slot(model, new.slot)
+        raise
     # whoever is still running the old version holds a reference to it; its tensors go when the last one ends
     weakref.finalize(old, _drop_slot, weakref.ref(model), old.slot).atexit = False
     state.adapters = {**state.adapters, name: new}
@@ -78,23 +101,30 @@ def replace(
 def remove(model: nn.Module, name: str) -> None:
     """Takes one adapter out; with the last one the model gets every class, flag and key back."""
     state, adapter = _attached(model, name)
-    state.adapters = {other: value for other, value in state.adapters.items() if other != name}
+    _take_out(unwrapped(model), state, adapter)
+
+
+def _take_out(model: nn.Module, state: State, adapter: Adapter) -> None:
+    """May be interrupted and called again: the adapter is forgotten, and the root given back, at the very end."""
+    others = {name: other for name, other in state.adapters.items() if other is not adapter}
     state.active = tuple(other for other in state.active if other is not adapter)
     drop_slot(model, adapter.slot)
-    if not any(isinstance(other.method, KeyValueMethod) for other in state.adapters.values()):
+    if not any(isinstance(other.method, KeyValueMethod) for other in others.values()):
         injection.withdraw(state)
-    if state.adapters:
-        return
-    for module in list(model.modules()):
-        if FACES in module.__dict__:
-            strip(module)
-    for path, parameter in model.named_parameters():
-        parameter.requires_grad_(state.required_grad.get(path, parameter.requires_grad))
+    if not others:
+        for path, parameter in base_parameters(model).items():
+            parameter.requires_grad_(state.required_grad.get(path, parameter.requires_grad))
+        for module in list(model.modules())[1:]:
+            if FACES in module.__dict__:
+                strip(module)
+    state.adapters = others
+    if not others and FACES in model.__dict__:
+        strip(model)
 
 
 def tensors_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """An adapter's tensors, keyed `f"{site.path}:{tensor}"`, and its heads' as `f"{module}:head.{parameter}"`."""
-    return adapter_tensors(model, _attached(model, name)[1])
+    return adapter_tensors(unwrapped(model), _attached(model, name)[1])
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -128,6 +158,9 @@ def _flags(model: nn.Module) -> dict[str, bool]:
 
 def _enter(model: nn.Module, state: State) -> None:
     add_faces(model, state, ENTER)
+    below = base_model(model)
+    if below is not None and below is not model:
+        add_faces(below, state, PREPARE)
     for module in list(model.modules()):
         # a data descriptor outlives `gradient_checkpointing_enable()`, which sets the function anew on every module
         if hasattr(module, "gradient_checkpointing"):

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters._attach.entries import entry_of
-from adapters._attach.state import Adapter, State, selection
+from adapters._attach.state import State, selection
 from adapters._attach.swap import Call, base_class, before_forward
 from adapters._contract import KeyValueMethod, KeyValueSite
 
@@ -41,7 +40,7 @@ def position_ids(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: 
         return None
     given = dict(zip(names, args, strict=False)) | kwargs
     shifted = [a for a in prefixes if isinstance(a.method, KeyValueMethod) and a.method.positions == "shifted"]
-    shift = sum(prefix_length(model, adapter) for adapter in shifted)
+    shift = sum(adapter.method.length for adapter in shifted if isinstance(adapter.method, KeyValueMethod))
     if given.get("position_ids") is not None:
         return given["position_ids"] + shift if shift else None
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
@@ -59,12 +58,6 @@ def position_ids(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: 
         start = int(cache.get_seq_length()) if cache is not None else 0
         ids = torch.arange(start, start + count, device=tokens.device)[None].expand(tokens.shape[0], -1)
     return ids + shift
-
-
-def prefix_length(model: nn.Module, adapter: Adapter) -> int:
-    """How many tokens a prefix adapter prepends."""
-    keys, _ = entry_of(model, adapter, adapter.sites[0])()
-    return int(keys.shape[-2])
 
 
 @cache

@@ -52,7 +52,7 @@ def prefix_start(model: nn.Module, method: KeyValueMethod, sites: Iterable[KeyVa
             recorded = _record(model, sites, ids, 0)
     else:
         recorded = _record(model, sites, ids, None)
-    settled = replace(method, length=ids.shape[1], positions=positions)  # type: ignore[call-arg]
+    settled = replace(method, length=ids.shape[1], positions=positions)
     return Start(settled, recorded, note)
 
 
@@ -68,7 +68,7 @@ def _tokens(model: nn.Module, method: KeyValueMethod, tokenizer: Any) -> tuple[T
     ids = tokenizer(start, return_tensors="pt", add_special_tokens=False)["input_ids"].to(device)
     if ids.shape[1] == 0:
         raise AdapterError("the text a prefix starts from is empty: give some text, or a length.")
-    wanted = int(getattr(method, "length", 0))
+    wanted = method.length
     if wanted > ids.shape[1]:
         raise AdapterError(f"the text has {ids.shape[1]} tokens and length is {wanted}: leave length out, or lower it.")
     kept = ids[:, : wanted or None]
@@ -123,6 +123,8 @@ def _record(model: nn.Module, sites: tuple[KeyValueSite, ...], ids: Tensor, firs
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if first is not None:
         inputs["position_ids"] = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
+    if "decoder_input_ids" in forward_parameters(base_class(model)):
+        inputs["decoder_input_ids"] = ids  # an encoder-decoder model: the text on both sides
     if "use_cache" in forward_parameters(base_class(model)) or hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
     state, training = state_of(model) or State(), [module for module in model.modules() if module.training]

@@ -2,13 +2,14 @@
 
 A forward takes the selection by value when it starts and holds it in a frame until it ends, and a checkpointed layer
 carries it into its recomputation, which may run on another thread and after the selection has changed. Frames live in
-thread-local storage that only names what this thread is doing now; nothing is inherited through it.
+a context variable, so that threads and coroutines do not see each other's; nothing is inherited through it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -19,6 +20,8 @@ from torch import nn
 from adapters._contract import Method, Site
 
 STATE = "_adapter_state"  # the name, in a module's __dict__, of the model's State
+FACES = "_adapter_faces"  # the name, in a module's __dict__, of what its swapped class adds
+ENTER = "enter"  # the face of the module that was attached to
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: a swap makes a new Adapter of the same name
@@ -43,6 +46,7 @@ class State:
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)  # replaced whole, never changed in place
     active: Selection = ()
+    compiled: Selection | None = None  # what `using` chose, for compiled code, which cannot follow context variables
     required_grad: dict[str, bool] = field(default_factory=dict)  # of the base's parameters, before the first attach
     made: int = 0  # slots made so far; a slot is never used twice
 
@@ -50,42 +54,94 @@ class State:
         self.made += 1
         return f"s{self.made - 1}"
 
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        """A copied or unpickled model needs from the process what the original had."""
+        self.__dict__.update(fields)
+        for restore in after_copy:
+            restore(self)
 
-class _Frames(threading.local):
+
+after_copy: list[Callable[[State], None]] = []
+_frames: ContextVar[tuple[tuple[State, Selection], ...]] = ContextVar("frames", default=())
+
+
+class _Forwards(threading.local):
+    """The models whose forward is under way in this thread, and what their tapped modules received."""
+
     def __init__(self) -> None:
-        self.stack: list[tuple[State, Selection]] = []
+        self.running: list[State] = []
         self.taps: dict[int, torch.Tensor] = {}
 
 
-_frames = _Frames()
+_forwards = _Forwards()
 
 
 def selection(state: State) -> Selection:
-    """The adapters that act now, in this thread: those of the innermost frame of this model, else the active ones."""
-    if not torch.compiler.is_compiling():  # dynamo cannot follow thread-local storage; compiled code reads the state
-        for owner, held in reversed(_frames.stack):
-            if owner is state:
-                return held
+    """The adapters that act now: those of this context's innermost frame of this model, else the active ones."""
+    if torch.compiler.is_compiling():
+        return state.active if state.compiled is None else state.compiled
+    for owner, held in reversed(_frames.get()):
+        if owner is state:
+            return held
     return state.active
 
 
 class holding:
-    """`with holding(state, chosen):` makes `chosen` this thread's selection, whatever others activate meanwhile."""
+    """`with holding(state, chosen):` makes `chosen` this context's selection, whatever others activate meanwhile."""
 
-    __slots__ = ("frame",)
+    __slots__ = ("chosen", "frame", "state")
 
     def __init__(self, state: State, chosen: Selection) -> None:
-        self.frame = (state, chosen)
+        self.state, self.chosen = state, chosen
 
     def __enter__(self) -> None:
         if not torch.compiler.is_compiling():
-            _frames.stack.append(self.frame)
+            self.frame = (self.state, self.chosen)
+            _frames.set((*_frames.get(), self.frame))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not torch.compiler.is_compiling():
-            _frames.stack.pop()
+            # by identity: a suspended generator may leave after a frame that was entered later
+            _frames.set(tuple(frame for frame in _frames.get() if frame is not self.frame))
+
+
+class choosing(holding):
+    """`holding` for callers: compiled code sees the choice too, in every thread."""
+
+    __slots__ = ("before",)
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self.before, self.state.compiled = self.state.compiled, self.chosen
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.state.compiled = self.before
+        super().__exit__(kind, error, trace)
+
+
+class running:
+    """`with running(state) as outermost:` around a forward; the taps of one that failed end with it."""
+
+    __slots__ = ("state",)
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def __enter__(self) -> bool:
+        outermost = not any(state is self.state for state in _forwards.running)
+        _forwards.running.append(self.state)
+        return outermost
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _forwards.running.pop()
+        if not _forwards.running:
+            _forwards.taps.clear()
 
 
 def carrying(function: Callable[..., Any], state: State, chosen: Selection) -> Callable[..., Any]:
@@ -100,17 +156,29 @@ def carrying(function: Callable[..., Any], state: State, chosen: Selection) -> C
 
 def put_tap(module: nn.Module, x: torch.Tensor) -> None:
     """Remembers the first argument of a tapped module until the branch that starts there ends."""
-    _frames.taps[id(module)] = x
+    _forwards.taps[id(module)] = x
 
 
 def take_tap(module: nn.Module) -> torch.Tensor | None:
-    return _frames.taps.pop(id(module), None)
+    return _forwards.taps.pop(id(module), None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and the data-parallel wrappers."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model._modules.get("module")
+        if inner is None:
+            return model
+        model = inner
 
 
 def state_of(model: nn.Module) -> State | None:
-    """The model's State, or None when nothing is attached."""
+    """The model's State, or None when nothing is attached to it, as the root."""
+    model = unwrapped(model)
     found = model.__dict__.get(STATE)
-    return found if isinstance(found, State) else None
+    return found if isinstance(found, State) and ENTER in model.__dict__.get(FACES, ()) else None
 
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:

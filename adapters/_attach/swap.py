@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach.container import CHILD, Container
-from adapters._attach.state import STATE, State, carrying, holding, put_tap, selection
+from adapters._attach.state import ENTER, FACES, STATE, State, carrying, holding, put_tap, running, selection
 
 BASE = "_adapter_base_class"
-FACES = "_adapter_faces"
-ENTER = "enter"  # faces: what a subclass adds
+# faces: what a subclass adds, beside ENTER
+PREPARE = "prepare"  # the base model below the root's heads, which may be called by itself
 CALL = "call"
 TAP = "tap"
 CHECKPOINT = "checkpoint"
@@ -43,8 +43,9 @@ def adapted_class(base: Any, faces: frozenset[str]) -> type[nn.Module]:
     }
     if CALL in faces or TAP in faces:
         space["__call__"] = _site_call(base, TAP in faces)
+    if ENTER in faces or PREPARE in faces:
+        space["__call__"] = _root_call(space.get("__call__", base.__call__), ENTER in faces)
     if ENTER in faces:
-        space["__call__"] = _root_call(space.get("__call__", base.__call__))
         if hasattr(base, "generate"):
             space["generate"] = _root_generate(base.generate)
         if hasattr(base, "save_pretrained"):
@@ -92,7 +93,8 @@ def _site_call(base: type[nn.Module], tapped: bool) -> Callable[..., Any]:
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         y = base_call(self, *args, **kwargs)
-        acting = selection(self.__dict__[STATE])
+        state = self.__dict__.get(STATE)  # None: detached while a compiled caller still knows this class
+        acting = selection(state) if state is not None else ()
         if not acting:
             return y
         if tapped and any(adapter.slot in self.__dict__[TAPPED_BY] for adapter in acting):
@@ -108,21 +110,34 @@ def _site_call(base: type[nn.Module], tapped: bool) -> Callable[..., Any]:
     return __call__
 
 
-def _root_call(inner: Callable[..., Any]) -> Callable[..., Any]:
+def _root_call(inner: Callable[..., Any], root: bool) -> Callable[..., Any]:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        state: State = self.__dict__[STATE]
+        state: State | None = self.__dict__.get(STATE)
+        if state is None:
+            return inner(self, *args, **kwargs)
         acting = selection(state)
-        with holding(state, acting):
-            for prepare in before_forward if acting else ():
-                args, kwargs = prepare(self, state, args, kwargs)
+        if torch.compiler.is_compiling():
+            args, kwargs = _prepared(self, state, args, kwargs) if root and acting else (args, kwargs)
+            return inner(self, *args, **kwargs)
+        with holding(state, acting), running(state) as outermost:
+            if acting and outermost:
+                args, kwargs = _prepared(self, state, args, kwargs)
             return inner(self, *args, **kwargs)
 
     return __call__
 
 
+def _prepared(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    for prepare in before_forward:
+        args, kwargs = prepare(model, state, args, kwargs)
+    return args, kwargs
+
+
 def _root_generate(inner: Callable[..., Any]) -> Callable[..., Any]:
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        state: State = self.__dict__[STATE]
+        state: State | None = self.__dict__.get(STATE)
+        if state is None:
+            return inner(self, *args, **kwargs)
         with holding(state, selection(state)):
             return inner(self, *args, **kwargs)
 
@@ -140,9 +155,9 @@ def _save_pretrained(self: nn.Module, save_directory: str, *args: Any, **kwargs:
 def _reader(parameter: str) -> Callable[[nn.Module], Any]:
     def read(self: nn.Module) -> Any:
         stored: Any = self._parameters[parameter]
-        held = self._modules.get(CHILD)
-        if held is not None:
-            for adapter in selection(self.__dict__[STATE]):
+        held, state = self._modules.get(CHILD), self.__dict__.get(STATE)
+        if held is not None and state is not None:
+            for adapter in selection(state):
                 entry = held._modules.get(f"{adapter.slot}-{parameter}")
                 if entry is not None:
                     stored = entry(stored)
@@ -153,11 +168,13 @@ def _reader(parameter: str) -> Callable[[nn.Module], Any]:
 
 def _get_checkpointing(self: nn.Module) -> Callable[..., Any]:
     """The checkpoint function, carrying the selection into the recomputation, whoever sets it and whenever."""
-    state: State = self.__dict__[STATE]
+    state: State | None = self.__dict__.get(STATE)
     try:
-        raw = self.__dict__["_gradient_checkpointing_func"]
+        raw: Callable[..., Any] = self.__dict__["_gradient_checkpointing_func"]
     except KeyError:
         raise AttributeError("_gradient_checkpointing_func") from None
+    if state is None:
+        return raw
 
     def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if getattr(raw, "keywords", {}).get("use_reentrant"):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from adapters import _registry
-from adapters._attach.entries import bare_copy
-from adapters._attach.install import base_parameters, install, remove
+from adapters._attach.entries import bare_copy, check_free
+from adapters._attach.install import base_parameters, check_attachable, install, remove
 from adapters._attach.report import AttachReport, describe, in_short
 from adapters._attach.start import prefix_start
-from adapters._attach.state import State, adapters_of, holding, state_of
+from adapters._attach.state import State, adapters_of, choosing, state_of, unwrapped
 from adapters._attach.weights import base_weight
 from adapters._contract import (
     KeyValueMethod,
@@ -75,15 +75,16 @@ def attach(
         >>> adapters.detach(model, "fr")
     """
     chosen_method = make_method(method, hyperparameters)
-    if name in adapters_of(model):
-        raise AdapterError(f"an adapter {name!r} is attached already: detach or swap it, or choose another name.")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise AdapterError(f"dtype is {dtype}; trained tensors are float32, bfloat16 or float16.")
-    notes = _quantized(model, chosen_method)
+    model = unwrapped(model)
+    check_attachable(model, name)
     with using(model, None):
         found = sites(model, example)
     chosen = select(found, chosen_method, targets)
     heads = _heads(model, head)
+    check_free(model, [*(_owner(site) for site in chosen), *heads])
+    notes = _quantized(model, chosen_method)  # after everything that may be refused
     chosen_method, tensors, facts = _fresh(model, chosen_method, chosen, tokenizer)
     notes += [str(note) for note in facts.values()]
     tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
@@ -118,13 +119,15 @@ def activate(model: nn.Module, name: str | None) -> None:
         state.active = chosen
 
 
-def using(model: nn.Module, name: str | None) -> holding:
-    """`with using(model, name):` the adapter `name` acts (None: the base alone) in this thread's forwards.
+def using(model: nn.Module, name: str | None) -> choosing:
+    """`with using(model, name):` the adapter `name` acts (None: the base alone) in this context's forwards.
+
+    Threads and coroutines do not see each other's choice, except in compiled code, which sees the latest.
 
     Raises:
         AdapterError: no adapter of that name is attached.
     """
-    return holding(state_of(model) or State(), _chosen(model, name))
+    return choosing(state_of(model) or State(), _chosen(model, name))
 
 
 def make_method(method: str | Method, hyperparameters: Mapping[str, Any]) -> Method:
@@ -186,9 +189,12 @@ def _fresh(
 
 
 def _device(model: nn.Module, site: Site) -> torch.device:
-    owner = site.owner if isinstance(site, WeightSite) else site.path
-    here = next(model.get_submodule(owner).parameters(), None)
+    here = next(model.get_submodule(_owner(site)).parameters(), None)
     return here.device if here is not None else next(model.parameters()).device
+
+
+def _owner(site: Site) -> str:
+    return site.owner if isinstance(site, WeightSite) else site.path
 
 
 def _heads(model: nn.Module, head: bool | Iterable[str] | None) -> tuple[str, ...]:

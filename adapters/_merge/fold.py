@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapters._attach import Adapter, adapters_of, base_weight, detach, tensors_of, using
+from adapters._attach import (
+    Adapter,
+    adapters_of,
+    bare_copy,
+    base_parameters,
+    base_weight,
+    detach,
+    tensors_of,
+    unwrapped,
+    using,
+)
 from adapters._contract import WeightMethod, WeightSite
 from adapters._errors import AdapterError
+from adapters._finite import finite
 from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative
 from adapters._merge.measure import inputs_at, main_output, outputs_at, probe_inputs
-from adapters._quantize import dequantize, quantize, quantized_modules, replace_module
+from adapters._quantize import check_format, dequantize, is_quantized, quantize, quantized_modules, replace_module
 
 
 def merge(
@@ -40,9 +52,16 @@ def merge(
         AdapterError: the method cannot be merged, others are attached, or the error exceeds the tolerance; the model
             is then as it was.
     """
+    model = unwrapped(model)
     adapter = _mergeable(model, name)
+    quantised = dict(quantized_modules(model))
+    if requantize is not None:
+        check_format(requantize)
+        if not quantised:
+            raise AdapterError(
+                f"requantize is {requantize!r}, but this base is not quantised: call adapters.quantize after."
+            )
     inputs = dict(example) if example is not None else probe_inputs(model)
-    quantised = [path for path, _ in quantized_modules(model)]
     with using(model, name):
         seen_inputs = inputs_at(model, adapter, inputs)
         expected, expected_sites = main_output(model, inputs), outputs_at(model, seen_inputs)
@@ -52,7 +71,9 @@ def merge(
 
     new, predicted = _merged_weights(model, adapter)
     dtype = next(iter(new.values())).dtype
-    limit = tolerance if tolerance is not None else TOLERANCE.get(dtype, 2e-2)
+    computed = [d for m in quantised.values() if isinstance(d := getattr(m, "compute_dtype", None), torch.dtype)]
+    coarsest = max((dtype, *computed), key=lambda each: torch.finfo(each).eps)
+    limit = tolerance if tolerance is not None else TOLERANCE.get(coarsest, 5e-2)
     undo = _apply(model, adapter, new, quantised)
     try:
         with using(model, None):
@@ -69,7 +90,7 @@ def merge(
     detach(model, name)
     notes: list[str] = []
     if requantize is not None:
-        quantize(model, requantize)
+        quantize(model, requantize, only=quantised, compute_dtype=computed[0] if computed else torch.bfloat16)
         error = relative(main_output(model, inputs), expected)
         notes.append(f"put back into {requantize} as asked: that rounding is the error above")
     path = f"dequantised from nf4 to {_name(dtype)}, then merged" if quantised else f"in place in {_name(dtype)}"
@@ -94,49 +115,58 @@ def _mergeable(model: nn.Module, name: str) -> Adapter:
         )
     for site in adapter.sites:
         if isinstance(site, WeightSite):
-            _check_tied(model, site)
+            _check_tied(model, site.path, (site.path, *site.aliases))
+    for head in adapter.head:
+        for key, _ in bare_copy(model.get_submodule(head)).named_parameters():
+            _check_tied(model, f"{head}.{key}", (f"{head}.{key}",))
     return adapter
 
 
-def _check_tied(model: nn.Module, site: WeightSite) -> None:
-    shared = base_weight(model, site).stored
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter is shared and path not in (site.path, *site.aliases):
-            raise AdapterError(f"{site.path} is tied to {path}, which merging would change too: untie them first.")
-        if parameter is shared and isinstance(model.get_submodule(path.rpartition(".")[0]), nn.Embedding):
-            raise AdapterError(
-                f"{site.path} is tied to the embeddings, which merging would change too: untie them first."
-            )
+def _check_tied(model: nn.Module, path: str, expected: Collection[str]) -> None:
+    owner, _, name = path.rpartition(".")
+    shared = model.get_submodule(owner)._parameters[name]
+    for other, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter is not shared:
+            continue
+        if isinstance(model.get_submodule(other.rpartition(".")[0]), nn.Embedding):
+            raise AdapterError(f"{path} is tied to the embeddings, which merging would change too: untie them first.")
+        if other not in expected:
+            raise AdapterError(f"{path} is tied to {other}, which merging would change too: untie them first.")
 
 
 def _merged_weights(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The new weights by path, in storage orientation and the base's dtype, and their relative rounding error."""
     assert isinstance(adapter.method, WeightMethod)
-    tensors, new, predicted = tensors_of(model, adapter.name), {}, {}
+    by_site: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors_of(model, adapter.name).items():
+        path, _, name = key.rpartition(":")
+        by_site.setdefault(path, {})[name] = tensor.float()
+    new, predicted, dequantised = {}, {}, _dense_dtype(model)
     with torch.no_grad():
         for site in adapter.sites:
             assert isinstance(site, WeightSite)
             w = base_weight(model, site)
             dense = w.dense()
-            prefix = f"{site.path}:"
-            p = {key.removeprefix(prefix): t.float() for key, t in tensors.items() if key.startswith(prefix)}
-            exact = adapter.method.weight(dense.float(), p)
-            stored = exact.to(_compute_dtype(model, site, dense))
-            if not torch.isfinite(stored).all():
+            exact = adapter.method.changed(dense.float(), by_site[site.path])
+            stored = exact.to(dequantised if is_quantized(w.stored) else dense.dtype)
+            if not finite(stored):
                 raise AdapterError(f"merging {adapter.name!r} makes {site.path} infinite in {_name(stored.dtype)}.")
-            predicted[site.path] = relative(stored, exact)
+            predicted[site.path] = 0.0 if stored is exact else relative(stored, exact)
             new[site.path] = (stored.mT if w.transposed else stored).contiguous()
     return new, predicted
 
 
-def _compute_dtype(model: nn.Module, site: WeightSite, dense: Tensor) -> torch.dtype:
-    found = getattr(model.get_submodule(site.owner), "compute_dtype", None)
-    return found if isinstance(found, torch.dtype) else dense.dtype
+def _dense_dtype(model: nn.Module) -> torch.dtype:
+    """What a dequantised layer is stored in: the dtype of the parameters around it, most of them."""
+    counts = Counter(p.dtype for p in base_parameters(model).values() if not is_quantized(p) and p.is_floating_point())
+    return counts.most_common(1)[0][0] if counts else torch.bfloat16
 
 
-def _apply(model: nn.Module, adapter: Adapter, new: Mapping[str, Tensor], quantised: list[str]) -> Callable[[], None]:
+def _apply(
+    model: nn.Module, adapter: Adapter, new: Mapping[str, Tensor], quantised: Mapping[str, nn.Module]
+) -> Callable[[], None]:
     """Puts the merged weights in place; returns what puts the old ones back."""
-    old_modules = {path: model.get_submodule(path) for path in quantised}
+    old_modules, dtype = dict(quantised), _dense_dtype(model)
     old_data: list[tuple[nn.Parameter, Tensor]] = []
     trained = tensors_of(model, adapter.name) if adapter.head else {}
 
@@ -152,7 +182,7 @@ def _apply(model: nn.Module, adapter: Adapter, new: Mapping[str, Tensor], quanti
 
     try:
         for path, module in old_modules.items():
-            replace_module(model, path, _dense_linear(module, new.get(f"{path}.weight")))
+            replace_module(model, path, _dense_linear(module, new.get(f"{path}.weight"), dtype))
         for path, weight in new.items():
             owner, _, name = path.rpartition(".")
             if owner not in old_modules:
@@ -171,13 +201,11 @@ def _apply(model: nn.Module, adapter: Adapter, new: Mapping[str, Tensor], quanti
     return undo
 
 
-def _dense_linear(module: nn.Module, merged: Tensor | None) -> nn.Module:
+def _dense_linear(module: nn.Module, merged: Tensor | None, dtype: torch.dtype) -> nn.Module:
     """A plain layer for a 4-bit one, with the merged or else the dequantised weight; Conv1D is restored as such."""
     weight = module._parameters["weight"]
     assert weight is not None
-    dense = merged if merged is not None else dequantize(weight)
-    dtype = getattr(module, "compute_dtype", None)
-    dense = dense.to(dtype if isinstance(dtype, torch.dtype) else dense.dtype)
+    dense = (merged if merged is not None else dequantize(weight)).to(dtype)
     bias = module._parameters.get("bias")
     n_out, n_in = dense.shape
     if getattr(module, "adapters_transposed", False):

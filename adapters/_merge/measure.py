@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,16 +23,23 @@ def probe_inputs(model: nn.Module) -> dict[str, Any]:
     return dict(example_inputs(model))
 
 
-def main_output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """All floating-point outputs of one forward in eval mode, flattened; the cache is not an output."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+@contextmanager
+def _still(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for a while; every flag comes back, whatever happens."""
+    training = [each for each in module.modules() if each.training]
+    module.eval()
     try:
         with torch.no_grad():
-            output = model(**inputs)
+            yield
     finally:
-        for module in training:
-            module.training = True
+        for each in training:
+            each.training = True
+
+
+def main_output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """All floating-point outputs of one forward in eval mode, flattened; the cache is not an output."""
+    with _still(model):
+        output = model(**inputs)
     items = (
         output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else (output,))
     )
@@ -72,8 +80,6 @@ def outputs_at(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tens
     found = {}
     for path, x in inputs.items():
         module = model.get_submodule(path.rpartition(".")[0])
-        training, module.training = module.training, False
-        with torch.no_grad():
+        with _still(module):
             found[path] = module(x)
-        module.training = training
     return found

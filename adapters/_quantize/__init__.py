@@ -1,6 +1,6 @@
 """4-bit bases: quantising in place, reading a quantised weight, and the guard against a repacking bug upstream."""
 
-from adapters._quantize.nf4 import QuantizeReport, quantize
+from adapters._quantize.nf4 import QuantizeReport, check_format, quantize
 from adapters._quantize.params import (
     dequantize,
     guard_against_repacking,
@@ -11,6 +11,7 @@ from adapters._quantize.params import (
 
 __all__ = [
     "QuantizeReport",
+    "check_format",
     "dequantize",
     "guard_against_repacking",
     "is_quantized",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,6 +51,7 @@ def quantize(
     *,
     compute_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
+    only: Collection[str] | None = None,
 ) -> QuantizeReport:
     """Quantises every linear layer of `model` in place, one at a time; heads and embeddings stay as they are.
 
@@ -58,12 +63,12 @@ def quantize(
         format: "nf4".
         compute_dtype: dtype of the products with the dequantised weights.
         device: where the model goes; None keeps every layer where it is.
+        only: paths of the layers to quantise; None takes all that can be.
 
     Raises:
         AdapterError: unknown format, bitsandbytes missing, adapters attached, or nothing that could be quantised.
     """
-    if format not in FORMATS:
-        raise AdapterError(f"no quantisation {format!r}{nearest(format, FORMATS)} Known: {', '.join(FORMATS)}.")
+    check_format(format)
     if any(getattr(module, "is_adapter_container", False) for module in model.modules()):
         raise AdapterError("adapters are attached to this model: detach them, quantise, then load them again.")
     try:
@@ -74,10 +79,16 @@ def quantize(
     already = tuple(path for path, _ in quantized_modules(model))
     before = _bytes(model)
     chosen, left = _choose(model)
+    if only is not None:
+        left |= {path: "not asked for" for path in chosen if path not in only}
+        chosen = [path for path in chosen if path in only]
     if not chosen and not already:
         raise AdapterError(f"nothing in this model can be quantised: {_first(left)}.")
     for path in chosen:
-        replace_module(model, path, _quantized(model.get_submodule(path), Linear4bit, compute_dtype, device))
+        module = model.get_submodule(path)
+        new = _quantized(module, Linear4bit, compute_dtype, device)
+        for alias in [other for other, each in model.named_modules(remove_duplicate=False) if each is module]:
+            replace_module(model, alias, new)
     if device is not None:
         model.to(device)
     guard_against_repacking(model)
@@ -86,8 +97,14 @@ def quantize(
     return QuantizeReport(format, tuple(chosen), already, left, held, total, before, _bytes(model))
 
 
+def check_format(format: str) -> None:
+    """Refuses an unknown quantisation by name."""
+    if format not in FORMATS:
+        raise AdapterError(f"no quantisation {format!r}{nearest(format, FORMATS)} Known: {', '.join(FORMATS)}.")
+
+
 def _choose(model: nn.Module) -> tuple[list[str], dict[str, str]]:
-    head = _heads(model)
+    head, read = _heads(model), _read_elsewhere(model)
     chosen: list[str] = []
     left: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -95,7 +112,7 @@ def _choose(model: nn.Module) -> tuple[list[str], dict[str, str]]:
         if is_quantized(weight):
             continue
         if weight is not None and weight.dim() == 2 and _linear_forward(module):
-            reason = _reason(path, weight, head)
+            reason = _reason(path, weight, head) or read.get(path, "")
             if reason:
                 left[f"{path}.weight"] = reason
             else:
@@ -115,6 +132,38 @@ def _reason(path: str, weight: nn.Parameter, head: set[str]) -> str:
     if weight.numel() % BLOCK:
         return f"its size is no multiple of {BLOCK}"
     return ""
+
+
+def _read_elsewhere(model: nn.Module) -> dict[str, str]:
+    """Linear layers whose stored weight others use: they would get 4-bit codes, or their dtype, for a weight."""
+    found = {}
+    kept = {
+        name
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for name in getattr(model, attribute, None) or ()
+    }
+    for path, module in model.named_modules():
+        parent, _, name = path.rpartition(".")
+        if kept.intersection(path.split(".")):
+            found[path] = "its model keeps it in fp32"
+        elif type(module) is not nn.Linear and isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            found[path] = "torch's fused attention reads its weight"
+        elif name.isidentifier() and _mentions(_class(model, parent), name):
+            found[path] = "its parent reads its weight"
+    return found
+
+
+def _class(model: nn.Module, path: str) -> Any:
+    return type(model.get_submodule(path))
+
+
+@cache
+def _mentions(parent: Any, name: str) -> bool:
+    try:
+        source = inspect.getsource(parent)
+    except (OSError, TypeError):  # a class made at run time has no source
+        return False
+    return re.search(rf"self\.{re.escape(name)}\.weight\b", source) is not None
 
 
 def _linear_forward(module: nn.Module) -> bool:
@@ -154,6 +203,13 @@ def _quantized(
     # bitsandbytes casts the bias in place at its first forward; doing it here keeps forwards free of side effects
     new.bias = None if bias is None else nn.Parameter(bias.data.to(target, compute_dtype), requires_grad=False)
     new.adapters_transposed = transposed
+    for hooks in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        getattr(new, hooks).update(getattr(module, hooks))
     made: nn.Module = new
     return made
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adapters._dispatch import wrapping_attention
 from adapters._sites.trace import Tracer
 
 # how attaching marks what it adds: the class a module had, and the children that hold adapters
@@ -96,23 +97,10 @@ def _stand_in(tracer: Tracer, path: str, n_out: int) -> Callable[[Tensor], Tenso
 @contextmanager
 def observed_attention(tracer: Tracer) -> Iterator[None]:
     """Lets the tracer see the attentions that go through transformers' interface, if transformers is in use."""
-    hub = sys.modules.get("transformers.modeling_utils")
-    interface: Any = getattr(hub, "AttentionInterface", None)
-    if interface is None:
+    if "transformers.modeling_utils" not in sys.modules:
         yield
         return
-    inherited = "get_interface" not in vars(interface)
-    original = interface.get_interface
-
-    def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _observed(tracer, original(self, *args, **kwargs))
-
-    with ExitStack() as stack:
-        interface.get_interface = get_interface
-        if inherited:
-            stack.callback(delattr, interface, "get_interface")
-        else:
-            stack.callback(setattr, interface, "get_interface", original)
+    with wrapping_attention(lambda attention, _: _observed(tracer, attention)):
         yield
 
 

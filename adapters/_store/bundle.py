@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
 from adapters._contract import Key, KeyValueSite, Method, Site, StreamSite, WeightSite
 from adapters._errors import AdapterError, DamagedAdapter
+from adapters._finite import finite
 from adapters._registry import get
 
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "adapter.json", "README.md"
@@ -42,13 +42,13 @@ class Bundle:
 def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuses tensors that hold NaN or infinity; `where` begins the sentence."""
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not finite(tensor):
             raise DamagedAdapter(f"{where}: the tensor {key} holds values that are not finite.")
 
 
 def site_record(site: Site) -> dict[str, Any]:
     """A site as JSON: its fields and its kind."""
-    return {"kind": site.kind, **dataclasses.asdict(site)}
+    return {"kind": site.kind, **vars(site)}
 
 
 def site_of(record: Any) -> Site:

@@ -199,12 +199,12 @@ def _text(record: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode("ascii")
 
 
-def _sha(content: bytes) -> str:
+def _sha(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _raw(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _name(tensor: Tensor) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -87,7 +88,9 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> tup
     notes = []
     stored = {}
     for key, tensor in tensors.items():
-        stored[key] = tensor.detach().to("cpu", target or tensor.dtype).contiguous().clone()
+        here = tensor.detach().to("cpu", target or tensor.dtype).contiguous()
+        # safetensors refuses tensors that are views of a larger storage
+        stored[key] = here if here.untyped_storage().nbytes() == here.nbytes else here.clone()
     down = sorted({str(t.dtype) for t in tensors.values() if target is not None and t.dtype.itemsize > target.itemsize})
     if down:
         notes.append(f"rounded from {', '.join(down).replace('torch.', '')} to {str(target).removeprefix('torch.')}.")
@@ -135,6 +138,7 @@ def _existing_card(folder: str | os.PathLike[str]) -> bytes | None:
         return view.get(CARD)
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {}
     for library in LIBRARIES:

@@ -46,7 +46,7 @@ class LoRA(WeightMethod):
         return {"a": a, "b": torch.zeros(*lead, site.n_out, self.rank)}
 
     def weight(self, w: Tensor, p: Tensors) -> Tensor:
-        return w + self.scale * (p["b"] @ p["a"])
+        return torch.add(w, p["b"] @ p["a"], alpha=self.scale)
 
     def factors(self, p: Tensors) -> Factors:
         return Factors(p["b"], p["a"], self.scale)

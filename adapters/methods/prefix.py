@@ -26,9 +26,7 @@ class Prefix(KeyValueMethod):
             "shifted" puts the prefix first and moves the real tokens by `length`, as PEFT does.
     """
 
-    length: int = 0
     text: str | None = None
-    positions: Positions = "before"
 
     def __post_init__(self) -> None:
         if self.length == 0 and self.text is None:

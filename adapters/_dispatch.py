@@ -1,0 +1,59 @@
+"""The one place where transformers' attention dispatch is changed, and changed back.
+
+While anything is registered here, each attention function that `AttentionInterface.get_interface` returns is wrapped.
+Registrations come and go in any order, also from the garbage collector; with the last one the interface is
+transformers' own again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any
+
+Attention = Callable[..., Any]  # (module, query, key, value, attention_mask, ...) -> (output, weights)
+Wrapper = Callable[[Attention, str], Attention]  # of an attention and its name
+
+_wrappers: dict[str, Wrapper] = {}
+_transformers_own: list[Callable[..., Attention]] = []  # filled once; what is under way may still need it
+_lock = RLock()
+
+
+def wrap_attention(key: str, wrapper: Wrapper) -> None:
+    """Wraps every attention from now on; the same key again changes nothing."""
+    from transformers.modeling_utils import AttentionInterface
+
+    with _lock:
+        if not _transformers_own:
+            _transformers_own.append(AttentionInterface.get_interface)
+        _wrappers.setdefault(key, wrapper)
+        AttentionInterface.get_interface = _get_interface
+
+
+def unwrap_attention(key: str) -> None:
+    """Undoes `wrap_attention`."""
+    with _lock:
+        if _wrappers.pop(key, None) is None or _wrappers:
+            return
+        from transformers.modeling_utils import AttentionInterface
+
+        AttentionInterface.get_interface = _transformers_own[0]
+
+
+@contextmanager
+def wrapping_attention(wrapper: Wrapper) -> Iterator[None]:
+    """Wraps every attention inside the block."""
+    key = f"block {id(wrapper)}"
+    wrap_attention(key, wrapper)
+    try:
+        yield
+    finally:
+        unwrap_attention(key)
+
+
+def _get_interface(self: Any, name: str, default: Attention) -> Attention:
+    attend = _transformers_own[0](self, name, default)
+    for wrapper in tuple(_wrappers.values()):
+        attend = wrapper(attend, name or "eager")
+    return attend
