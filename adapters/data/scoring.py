@@ -33,8 +33,9 @@ def score(text: str, call: Call) -> Score:
     """Scores one generated answer.
 
     valid: the whole text is one JSON object with just `name` and `arguments`, the name is the function's, every
-    required argument is there, none is unknown, and each has the declared type (or that of an accepted value).
-    exact: valid, and every value is an accepted one; text is compared without case, spaces and `,./-_*^`.
+    required argument is there and none is unknown: a program could make the call.
+    exact: valid, each argument has the declared type (or that of an accepted value), and every value is an accepted
+    one; text is compared without case, spaces and `,./-_*^`.
     """
     try:
         said = json.loads(text.strip())
@@ -45,9 +46,8 @@ def score(text: str, call: Call) -> Score:
     arguments = said["arguments"]
     if not isinstance(arguments, dict) or not set(call.required) <= set(arguments) <= set(call.properties):
         return Score(False, False)
-    if not all(_typed(value, call.properties[name], call.accepted.get(name, [])) for name, value in arguments.items()):
-        return Score(False, False)
-    return Score(True, _arguments_match(arguments, call.accepted))
+    typed = all(_typed(value, call.properties[name], call.accepted.get(name, [])) for name, value in arguments.items())
+    return Score(True, typed and _arguments_match(arguments, call.accepted))
 
 
 def plain(text: str) -> str:
