@@ -55,12 +55,7 @@ def merge(
     model = unwrapped(model)
     adapter = _mergeable(model, name)
     quantised = dict(quantized_modules(model))
-    if requantize is not None:
-        check_format(requantize)
-        if not quantised:
-            raise AdapterError(
-                f"requantize is {requantize!r}, but this base is not quantised: call adapters.quantize after."
-            )
+    _check_requantize(requantize, quantised)
     inputs = dict(example) if example is not None else probe_inputs(model)
     with using(model, name):
         seen_inputs = inputs_at(model, adapter, inputs)
@@ -71,8 +66,8 @@ def merge(
 
     new, predicted = _merged_weights(model, adapter)
     dtype = next(iter(new.values())).dtype
-    computed = [d for m in quantised.values() if isinstance(d := getattr(m, "compute_dtype", None), torch.dtype)]
-    coarsest = max((dtype, *computed), key=lambda each: torch.finfo(each).eps)
+    computed = _computed_in(quantised)
+    coarsest = max((dtype, computed), key=lambda each: torch.finfo(each).eps) if quantised else dtype
     limit = tolerance if tolerance is not None else TOLERANCE.get(coarsest, 5e-2)
     undo = _apply(model, adapter, new, quantised)
     try:
@@ -90,7 +85,7 @@ def merge(
     detach(model, name)
     notes: list[str] = []
     if requantize is not None:
-        quantize(model, requantize, only=quantised, compute_dtype=computed[0] if computed else torch.bfloat16)
+        quantize(model, requantize, only=quantised, compute_dtype=computed)
         error = relative(main_output(model, inputs), expected)
         notes.append(f"put back into {requantize} as asked: that rounding is the error above")
     path = f"dequantised from nf4 to {_name(dtype)}, then merged" if quantised else f"in place in {_name(dtype)}"
@@ -99,6 +94,21 @@ def merge(
         for at in predicted
     )
     return Certificate(name, path, error, effect, limit, sites, tuple(notes))
+
+
+def _check_requantize(requantize: str | None, quantised: Collection[str]) -> None:
+    if requantize is not None:
+        check_format(requantize)
+    if requantize is not None and not quantised:
+        raise AdapterError(
+            f"requantize is {requantize!r}, but this base is not quantised: call adapters.quantize after."
+        )
+
+
+def _computed_in(quantised: Mapping[str, nn.Module]) -> torch.dtype:
+    """What the products with the 4-bit weights are computed in."""
+    found = (getattr(module, "compute_dtype", None) for module in quantised.values())
+    return next((dtype for dtype in found if isinstance(dtype, torch.dtype)), torch.bfloat16)
 
 
 def _mergeable(model: nn.Module, name: str) -> Adapter:
