@@ -22,7 +22,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "houlsby": ("bottleneck", {"placement": "houlsby", "reduction_factor": 8.0, "activation": "gelu"}),
     "parallel": ("bottleneck", {"placement": "parallel", "reduction_factor": 5.0, "scale": 4.0}),
     "prefix": ("prefix", {"length": 3}),
-    "loha": ("loha", {"rank": 3, "alpha": 9.0}),  # the plugin of tests/plugin, which only an entry point names
+    "loha": ("loha", {"rank": 3, "alpha": 200.0}),  # the plugin of tests/plugin, which only an entry point names
 }
 # attention written out by hand never reaches the attention interface, so a prefix is refused there
 REFUSED = {("odd", "prefix")}

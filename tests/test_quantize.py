@@ -155,3 +155,9 @@ def test_a_merge_beyond_the_tolerance_leaves_the_model_as_it_was() -> None:
         adapters.merge(model, "fr", tolerance=1e-12)
     assert_same(snapshot(model), before)
     assert torch.equal(output(model, batch), adapted)
+
+
+def test_a_report_counts_weights_not_bytes() -> None:
+    count = sum(p.numel() for p in tiny.build("llama").parameters())
+    assert adapters.attach(tiny.build("llama"), "lora").base_parameters == count
+    assert adapters.attach(quantized(), "qlora").base_parameters == count

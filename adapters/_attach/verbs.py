@@ -28,7 +28,7 @@ from adapters._contract import (
 )
 from adapters._errors import AdapterError, nearest
 from adapters._heads import base_model, output_embeddings
-from adapters._quantize import quantize, quantized_modules
+from adapters._quantize import elements, quantize, quantized_modules
 from adapters._sites import select, sites
 
 Targets = str | Iterable[str] | Callable[[Site], bool]
@@ -93,7 +93,7 @@ def attach(
         tensors.update({f"{path}:head.{key}": p.detach().to(dtype).clone() for key, p in parameters})
     install(model, name, chosen_method, chosen, tensors, head=heads, trainable=True, facts=facts)
     roles, share, left = describe(found, chosen)
-    size, base = sum(t.numel() for t in tensors.values()), sum(p.numel() for p in base_parameters(model).values())
+    size, base = sum(t.numel() for t in tensors.values()), sum(map(elements, base_parameters(model).values()))
     return AttachReport(name, in_short(chosen_method), roles, size, base, share, heads, left, tuple(notes))
 
 

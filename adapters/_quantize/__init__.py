@@ -3,6 +3,7 @@
 from adapters._quantize.nf4 import QuantizeReport, check_format, quantize
 from adapters._quantize.params import (
     dequantize,
+    elements,
     guard_against_repacking,
     is_quantized,
     quantized_modules,
@@ -13,6 +14,7 @@ __all__ = [
     "QuantizeReport",
     "check_format",
     "dequantize",
+    "elements",
     "guard_against_repacking",
     "is_quantized",
     "quantize",

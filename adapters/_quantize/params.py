@@ -30,6 +30,12 @@ def dequantize(parameter: nn.Parameter) -> Tensor:
     return dense
 
 
+def elements(parameter: nn.Parameter) -> int:
+    """How many weights a parameter holds; a 4-bit one stores two a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else parameter.numel()
+
+
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that own a 4-bit weight, with their paths."""
     for path, module in model.named_modules():

@@ -14,6 +14,11 @@ Predicate: TypeAlias = Callable[[Site], bool]
 Targets: TypeAlias = str | Iterable[str] | Predicate | None
 
 
+_WHY = {
+    "keyvalue": ": its attention does not go through transformers' attention interface, where a prefix is prepended"
+}
+
+
 def select(sites: SiteMap, method: Method, targets: Targets = None) -> tuple[Site, ...]:
     """The sites on which `method` will act, in order of execution.
 
@@ -30,7 +35,8 @@ def select(sites: SiteMap, method: Method, targets: Targets = None) -> tuple[Sit
     known = sites.of(method.kind)
     if not known:
         raise AdapterError(
-            f"{sites.model} has no {method.kind} site, which {_name(method)} needs; it has {_kinds(sites)}"
+            f"{sites.model} has no {method.kind} site, which {_name(method)} needs{_WHY.get(method.kind, '')}; "
+            f"it has {_kinds(sites)}"
         )
     if callable(targets):
         chosen = [site for site in known if targets(site)]
