@@ -38,32 +38,37 @@ def said(name: str = "geo.area", **arguments: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "valid", "exact"),
+    ("text", "valid", "complete", "exact"),
     [
-        (said(shape="right triangle", sides=[3.0, 4.0, 5.5]), True, True),
-        (said(shape="Right-Triangle", sides=[3, 4, 5.5], unit="CM"), True, True),  # case, punctuation, whole numbers
-        (" " + said(shape="triangle", sides=[3, 4, 5.5], exact=True) + "\n", True, True),
-        (said(shape="triangle", sides=[3, 4, 5]), True, False),  # another value
-        (said(shape="triangle", sides=[4, 3, 5.5]), True, False),  # another order
-        (said(shape="triangle", sides=[3, 4, 5.5], exact=False), True, False),
-        (said(shape="triangle", sides=[3, 4, 5.5], exact=1), True, False),  # 1 == True, but it is no boolean
-        (said(shape="triangle", sides=[3, 4, 5.5], unit="m"), True, False),
-        (said(shape="triangle"), False, False),  # a required argument is missing
-        (said(shape="triangle", sides=[3, 4, 5.5], size=3), False, False),  # an argument that does not exist
-        (said(shape="triangle", sides="3, 4, 5.5"), True, False),
-        (said(shape=["triangle"], sides=[3, 4, 5.5]), True, False),
-        (said("geo.areas", shape="triangle", sides=[3, 4, 5.5]), False, False),
-        (said(shape="triangle", sides=[3, 4, 5.5])[:-1], False, False),  # cut off
-        ("Sure: " + said(shape="triangle", sides=[3, 4, 5.5]), False, False),
-        ('{"name": "geo.area"}', False, False),
-        ("[]", False, False),
-        ("", False, False),
-        ("[" * 100_000, False, False),
+        (said(shape="right triangle", sides=[3.0, 4.0, 5.5]), True, True, True),
+        (
+            said(shape="Right-Triangle", sides=[3, 4, 5.5], unit="CM"),
+            True,
+            True,
+            True,
+        ),  # case, punctuation, whole numbers
+        (" " + said(shape="triangle", sides=[3, 4, 5.5], exact=True) + "\n", True, True, True),
+        (said(shape="triangle", sides=[3, 4, 5]), True, True, False),  # another value
+        (said(shape="triangle", sides=[4, 3, 5.5]), True, True, False),  # another order
+        (said(shape="triangle", sides=[3, 4, 5.5], exact=False), True, True, False),
+        (said(shape="triangle", sides=[3, 4, 5.5], exact=1), True, False, False),  # 1 == True, but it is no boolean
+        (said(shape="triangle", sides=[3, 4, 5.5], unit="m"), True, True, False),
+        (said(shape="triangle"), True, False, False),  # a required argument is missing
+        (said(shape="triangle", sides=[3, 4, 5.5], size=3), False, False, False),  # an argument that does not exist
+        (said(shape="triangle", sides="3, 4, 5.5"), True, False, False),
+        (said(shape=["triangle"], sides=[3, 4, 5.5]), True, False, False),
+        (said("geo.areas", shape="triangle", sides=[3, 4, 5.5]), False, False, False),
+        (said(shape="triangle", sides=[3, 4, 5.5])[:-1], False, False, False),  # cut off
+        ("Sure: " + said(shape="triangle", sides=[3, 4, 5.5]), False, False, False),
+        ('{"name": "geo.area"}', False, False, False),
+        ("[]", False, False, False),
+        ("", False, False, False),
+        ("[" * 100_000, False, False, False),
     ],
 )
-def test_scores_by_hand(text: str, valid: bool, exact: bool) -> None:
+def test_scores_by_hand(text: str, valid: bool, complete: bool, exact: bool) -> None:
     found = score(text, CALL)
-    assert (found.valid, found.exact) == (valid, exact)
+    assert (found.valid, found.complete, found.exact) == (valid, complete, exact)
 
 
 def test_an_argument_that_must_not_be_left_out() -> None:

@@ -23,31 +23,34 @@ _TYPES: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Score:
-    """Whether an answer is a well-formed call of the right function, and whether its values are right as well."""
+    """How far an answer is a call of the right function, each mark including those before it."""
 
     valid: bool
+    complete: bool
     exact: bool
 
 
 def score(text: str, call: Call) -> Score:
     """Scores one generated answer.
 
-    valid: the whole text is one JSON object with just `name` and `arguments`, the name is the function's, every
-    required argument is there and none is unknown: a program could make the call.
-    exact: valid, each argument has the declared type (or that of an accepted value), and every value is an accepted
-    one; text is compared without case, spaces and `,./-_*^`.
+    valid: the whole text is one JSON object with just `name` and `arguments`, the name is the function's, and no
+    argument is one that it does not have.
+    complete: valid, every required argument is there, and each has the declared type (or that of an accepted value).
+    exact: complete, and every value is an accepted one; text is compared without case, spaces and `,./-_*^`.
     """
     try:
         said = json.loads(text.strip())
     except (ValueError, RecursionError):
-        return Score(False, False)
+        return Score(False, False, False)
     if not isinstance(said, dict) or set(said) != {"name", "arguments"} or said["name"] != call.name:
-        return Score(False, False)
+        return Score(False, False, False)
     arguments = said["arguments"]
-    if not isinstance(arguments, dict) or not set(call.required) <= set(arguments) <= set(call.properties):
-        return Score(False, False)
+    if not isinstance(arguments, dict) or not set(arguments) <= set(call.properties):
+        return Score(False, False, False)
     typed = all(_typed(value, call.properties[name], call.accepted.get(name, [])) for name, value in arguments.items())
-    return Score(True, typed and _arguments_match(arguments, call.accepted))
+    if not typed or not set(call.required) <= set(arguments):
+        return Score(True, False, False)
+    return Score(True, True, _arguments_match(arguments, call.accepted))
 
 
 def plain(text: str) -> str:

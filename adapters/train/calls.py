@@ -69,7 +69,8 @@ class FunctionCalls:
         answered = generate(model, tokenizer, prompts, settings.max_new_tokens, settings.batch, _hopeless, advance)
         texts = tokenizer.batch_decode(answered, skip_special_tokens=True)
         scores = [score(text, self.held_out[row]) for row, text in zip(rows, texts, strict=True)]
-        return [Answer(text, {"valid calls": s.valid, "exact": s.exact}) for text, s in zip(texts, scores, strict=True)]
+        marks = [{"valid calls": s.valid, "complete": s.complete, "exact": s.exact} for s in scores]
+        return [Answer(text, mark) for text, mark in zip(texts, marks, strict=True)]
 
     @torch.no_grad()
     def logits(self, model: Any, tokenizer: Any, rows: Sequence[int]) -> Tensor:
