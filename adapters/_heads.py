@@ -16,5 +16,8 @@ def base_model(model: nn.Module) -> nn.Module | None:
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The head of a language model, which makes logits over the vocabulary."""
     getter: Any = getattr(model, "get_output_embeddings", None)
-    found = getter() if callable(getter) else None
+    try:
+        found = getter() if callable(getter) else None
+    except (NotImplementedError, AttributeError):  # how bare encoders say that they have none
+        found = None
     return found if isinstance(found, nn.Module) else None

@@ -6,7 +6,7 @@ from adapters._attach.install import base_parameters, install, remove, replace, 
 from adapters._attach.report import AttachReport
 from adapters._attach.state import Adapter, adapters_of, state_of, unwrapped
 from adapters._attach.verbs import activate, attach, detach, make_method, using
-from adapters._attach.weights import base_weight, read_weight
+from adapters._attach.weights import base_weight
 
 __all__ = [
     "Adapter",
@@ -21,7 +21,6 @@ __all__ = [
     "install",
     "make_method",
     "positions",
-    "read_weight",
     "remove",
     "replace",
     "state_of",

@@ -24,6 +24,7 @@ from adapters._attach.state import State, holding, state_of
 from adapters._attach.swap import base_class
 from adapters._contract import KeyValueMethod, KeyValueSite, Method
 from adapters._errors import AdapterError
+from adapters._evaluating import evaluating
 
 Recorded = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -127,14 +128,8 @@ def _record(model: nn.Module, sites: tuple[KeyValueSite, ...], ids: Tensor, firs
         inputs["decoder_input_ids"] = ids  # an encoder-decoder model: the text on both sides
     if "use_cache" in forward_parameters(base_class(model)) or hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
-    state, training = state_of(model) or State(), [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), holding(state, ()), recording(see), _NoNegativeLookup():
-            model(**inputs)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), holding(state_of(model) or State(), ()), recording(see), _NoNegativeLookup():
+        model(**inputs)
     missing = [site.path for site in sites if site.path not in found]
     if missing:
         raise AdapterError(f"no keys and values reached the attention interface at {missing[0]}.")

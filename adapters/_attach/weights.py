@@ -40,12 +40,3 @@ class BaseWeight:
 def base_weight(model: nn.Module, site: WeightSite) -> BaseWeight:
     """The handle of a site's weight."""
     return BaseWeight(model.get_submodule(site.owner), site.parameter, site.shape, site.transposed)
-
-
-def read_weight(model: nn.Module, path: str) -> Tensor:
-    """A base parameter by path as a dense tensor, in the orientation in which it is stored; nf4 is dequantised."""
-    owner, _, name = path.rpartition(".")
-    stored = model.get_submodule(owner)._parameters[name]
-    if stored is None:
-        raise KeyError(path)
-    return dequantize(stored) if is_quantized(stored) else stored.detach()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from adapters._attach import Adapter
 from adapters._contract import WeightSite
 from adapters._errors import AdapterError
+from adapters._evaluating import evaluating
 from adapters._sites import example_inputs
 
 ROWS, TOKENS = 2, 32  # of a site's input that are kept for comparison
@@ -23,22 +23,9 @@ def probe_inputs(model: nn.Module) -> dict[str, Any]:
     return dict(example_inputs(model))
 
 
-@contextmanager
-def _still(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for a while; every flag comes back, whatever happens."""
-    training = [each for each in module.modules() if each.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for each in training:
-            each.training = True
-
-
 def main_output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """All floating-point outputs of one forward in eval mode, flattened; the cache is not an output."""
-    with _still(model):
+    with evaluating(model):
         output = model(**inputs)
     items = (
         output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else (output,))
@@ -80,6 +67,6 @@ def outputs_at(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tens
     found = {}
     for path, x in inputs.items():
         module = model.get_submodule(path.rpartition(".")[0])
-        with _still(module):
+        with evaluating(module):
             found[path] = module(x)
     return found

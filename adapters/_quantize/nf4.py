@@ -14,7 +14,14 @@ from torch import nn
 
 from adapters._errors import AdapterError, nearest
 from adapters._heads import base_model, output_embeddings
-from adapters._quantize.params import bytes_of, guard_against_repacking, is_quantized, quantized_modules, replace_module
+from adapters._quantize.params import (
+    bytes_of,
+    elements,
+    guard_against_repacking,
+    is_quantized,
+    quantized_modules,
+    replace_module,
+)
 
 FORMATS = ("nf4",)
 BLOCK = 64  # elements that share a scale
@@ -92,8 +99,8 @@ def quantize(
     if device is not None:
         model.to(device)
     guard_against_repacking(model)
-    held = sum(module.out_features * module.in_features for _, module in quantized_modules(model))  # type: ignore[operator, misc]
-    total = held + sum(p.numel() for p in model.parameters() if not is_quantized(p))
+    held = sum(elements(p) for p in model.parameters() if is_quantized(p))
+    total = sum(map(elements, model.parameters()))
     return QuantizeReport(format, tuple(chosen), already, left, held, total, before, _bytes(model))
 
 

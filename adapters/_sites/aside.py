@@ -9,6 +9,7 @@ from math import prod
 from torch import nn
 
 from adapters._contract import WeightSite
+from adapters._heads import output_embeddings
 from adapters._sites.graph import Graph, Use, Value, ancestors
 from adapters._sites.streams import Branch
 from adapters._sites.weights import block_of, matrix, obstacle, split
@@ -36,7 +37,8 @@ def set_aside(
     branches: list[Branch],
 ) -> dict[str, tuple[str, str]]:
     """Role and reason of every used weight that stays outside the default."""
-    output = _output_weights(model)
+    head = output_embeddings(model)
+    output = {id(p) for p in head.parameters()} if head is not None else set()
     embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     after = _after_the_stream(graph, branches)
     trained = _differentiable(graph.results)
@@ -69,14 +71,6 @@ def _after_the_stream(graph: Graph, branches: list[Branch]) -> set[str]:
         for weight, uses in graph.uses_of.items()
         if block_of(weight) not in blocks and not any(use.index in before for use in uses)
     }
-
-
-def _output_weights(model: nn.Module) -> set[int]:
-    try:
-        module = getattr(model, "get_output_embeddings", lambda: None)()
-    except (NotImplementedError, AttributeError):
-        module = None
-    return {id(p) for p in module.parameters()} if isinstance(module, nn.Module) else set()
 
 
 def _differentiable(results: list[Value]) -> set[int]:
