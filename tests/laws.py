@@ -68,8 +68,12 @@ def output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def main(result: Any) -> torch.Tensor:
-    found = result.get("logits")
-    return result["last_hidden_state"] if found is None else found
+    """What a model is used for: its logits, or a span classifier's two, or its states, or the first that it returns."""
+    for keys in (["logits"], ["start_logits", "end_logits"], ["prediction_logits"], ["last_hidden_state"]):
+        found = [result[key] for key in keys if result.get(key) is not None]
+        if found:
+            return found[0] if len(found) == 1 else torch.stack(found)
+    return next(value for value in result.values() if torch.is_tensor(value) and value.is_floating_point())
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

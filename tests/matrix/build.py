@@ -1,0 +1,39 @@
+"""A tiny random model of a pair, the same each time, with no weight at a neutral value."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from tests.matrix.batch import batch_for
+from tests.matrix.pairs import Pair
+from tests.matrix.shrink import config_for
+
+
+@functools.cache
+def _quiet() -> None:
+    transformers.logging.set_verbosity(50)
+    warnings.filterwarnings("ignore")
+
+
+def build(pair: Pair) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in eval mode and fp32, and a batch for it.
+
+    Norms, biases, layer scales and gates start at 0 or 1 in many architectures, where a mistake would not show, and an
+    adapter behind a gate of 0 would have no effect: every parameter of one dimension, and every other that is constant,
+    gets noise of its own.
+    """
+    _quiet()
+    torch.manual_seed(0)
+    made: Any = getattr(transformers, pair.cls)(config_for(pair))
+    model = made.float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() <= 1 or parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, batch_for(pair, model)

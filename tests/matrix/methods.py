@@ -1,0 +1,14 @@
+"""The methods that the matrix runs, by the name of their row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {"rank": 4, "alpha": 6.0}),
+    "houlsby": ("bottleneck", {"placement": "houlsby", "reduction_factor": 8.0, "activation": "gelu"}),
+    "pfeiffer": ("bottleneck", {"placement": "pfeiffer", "reduction_factor": 8.0, "activation": "gelu"}),
+    "parallel": ("bottleneck", {"placement": "parallel", "reduction_factor": 8.0, "activation": "gelu", "scale": 4.0}),
+    "prefix": ("prefix", {"length": 3}),
+    "qlora": ("qlora", {"rank": 4, "alpha": 6.0}),
+}
