@@ -84,15 +84,14 @@ class ReadWeight(Entry):
         super().__init__(method, site, tensors, w=w)
 
     def forward(self, stored: Tensor | Factored) -> Tensor | Factored:
-        method, p, transposed = cast(WeightMethod, self.method), self.tensors(), self.w.transposed
+        method, p, w = cast(WeightMethod, self.method), self.tensors(), self.w
         low = method.factors(p)
         if low is not None and isinstance(stored, Tensor):
-            left, right = (low.right.mT, low.left.mT) if transposed else (low.left, low.right)
+            left, right = (low.right.mT, low.left.mT) if w.transposed else (low.left, low.right)
             dropout = _dropout(method) if self.training else 0.0
             return Factored(stored, left.to(stored.dtype), right.to(stored.dtype), low.scale, dropout)
         dense = stored.dense("a second adapter") if isinstance(stored, Factored) else stored
-        changed = method.changed(dense.mT if transposed else dense, p)
-        return (changed.mT if transposed else changed).to(dense.dtype)
+        return w.as_stored(method.changed(w.seen(dense), p)).to(dense.dtype)
 
 
 class Stream(Entry):

@@ -18,6 +18,7 @@ class BaseWeight:
     parameter: str
     shape: tuple[int, ...]
     stored_transposed: bool
+    folded: tuple[int, ...] = ()  # the stored axes that are seen as one
 
     @property
     def stored(self) -> nn.Parameter:
@@ -34,9 +35,19 @@ class BaseWeight:
         stored = self.stored
         if is_quantized(stored):
             return dequantize(stored)
-        return stored.mT if self.transposed else stored
+        return self.seen(stored)
+
+    def seen(self, stored: Tensor) -> Tensor:
+        """A tensor in the shape of the stored parameter, in the contract's orientation."""
+        matrix = stored.flatten(1) if self.folded else stored
+        return matrix.mT if self.transposed else matrix
+
+    def as_stored(self, w: Tensor) -> Tensor:
+        """The inverse of `seen`."""
+        matrix = w.mT if self.transposed else w
+        return matrix.reshape(-1, *self.folded) if self.folded else matrix
 
 
 def base_weight(model: nn.Module, site: WeightSite) -> BaseWeight:
     """The handle of a site's weight."""
-    return BaseWeight(model.get_submodule(site.owner), site.parameter, site.shape, site.transposed)
+    return BaseWeight(model.get_submodule(site.owner), site.parameter, site.shape, site.transposed, site.folded)

@@ -162,7 +162,7 @@ def _merged_weights(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Tenso
             if not finite(stored):
                 raise AdapterError(f"merging {adapter.name!r} makes {site.path} infinite in {_name(stored.dtype)}.")
             predicted[site.path] = 0.0 if stored is exact else relative(stored, exact)
-            new[site.path] = (stored.mT if w.transposed else stored).contiguous()
+            new[site.path] = w.as_stored(stored).contiguous()
     return new, predicted
 
 
