@@ -10,6 +10,7 @@ from torch import nn
 
 from adapters._errors import AdapterError
 from adapters._sites.aside import generalise, set_aside
+from adapters._sites.attention import written_out
 from adapters._sites.graph import Graph
 from adapters._sites.map import SiteMap
 from adapters._sites.places import keyvalue_sites, stream_sites
@@ -56,6 +57,7 @@ def _sites(model: nn.Module, example: Example) -> SiteMap:
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     graph = _run(model, modules, parameters, example)
+    graph.written.extend(written_out(graph))
     branches = find_branches(graph, modules)
     branches += unbranched(graph, modules, branches)
     roles = find_roles(graph, branches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from adapters._contract import Key
 from adapters._sites.graph import Call, Graph, Use, Value, ancestors
 from adapters._sites.operands import COPIES, SUMS, TIMES, TOKEN_MIXES
 
+SCANNED = 8  # slices of one value, each of a dimension less, that a loop over tokens takes; the probe has 12 tokens
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # what is added to them would be iterated over
 
 
@@ -77,17 +79,20 @@ def _addends(value: Value) -> int:
     return sum(p.floating and not p.weights and p.shape == value.shape for p in value.parents)
 
 
-def _plain_sources(value: Value) -> list[Value]:
-    """The value and what it came from through a few steps that have one activation and no weight: a norm, a scale."""
-    sources, projected = [value], False
+def _plain_sources(value: Value) -> list[tuple[Value, bool]]:
+    """The value and what it came from through a few steps that have one activation: a norm, a scale.
+
+    One projection on the way, as on the shortcuts of convolutional nets, is marked with True from there on.
+    """
+    sources, projected = [(value, False)], False
     for _ in range(5):
-        if value.use is not None and value.use.op == "conv2d" and not projected:
-            projected, value = True, value.use.x  # the projected shortcut of convolutional nets
+        if value.use is not None and not projected:
+            projected, value = True, value.use.x
         elif value.use is None and len(value.active) == 1:
             value = value.active[0]
         else:
             break
-        sources.append(value)
+        sources.append((value, projected))
     return sources
 
 
@@ -95,17 +100,30 @@ def _branch(
     graph: Graph, modules: Mapping[str, nn.Module], total: Value, value: Value, others: list[Value]
 ) -> Branch | None:
     """The branch that ends in `value`: it starts at the nearest source of the other terms that it was made from."""
-    sources = {s.index: s for other in others for s in _plain_sources(other) if s.index < value.index}
+    sources = {
+        source.index: (source, projected)
+        for other in others
+        for source, projected in reversed(_plain_sources(other))
+        if source.index < value.index
+    }
     for index in sorted(sources, reverse=True):
+        stream, projected = sources[index]
         inside = ancestors(value, index)
         uses = [v.use for i, v in sorted(inside.items()) if i > index and v.use is not None]
-        if index not in inside or not uses:
+        if index not in inside or not uses or (projected and not _is_deep(graph, inside, uses)):
             continue
         # a convolution after the sub-block is not the sub-block, unless the branch has nothing else
         of_sites = [use for use in uses if use.linear] or uses
-        place = _returned_by(graph, modules, sources[index], value, inside, of_sites)
-        return place and Branch(sources[index], value, total, inside, uses, *place, kind="")
+        place = _returned_by(graph, modules, stream, value, inside, of_sites)
+        return place and Branch(stream, value, total, inside, uses, *place, kind="")
     return None
+
+
+def _is_deep(graph: Graph, inside: dict[int, Value], uses: list[Use]) -> bool:
+    """Whether more happens than one product: two projections of one value that are added up are no residual."""
+    return len(uses) > 1 and (
+        any(use.x.index != uses[0].x.index for use in uses) or any(index in graph.mixers for index in inside)
+    )
 
 
 def _returned_by(
@@ -119,9 +137,10 @@ def _returned_by(
     """The outermost call that holds a use of the branch and returned its value, or what a later norm was given.
 
     A norm after the sub-block (sandwich norms) has no weight site, so the walk goes on to its input: the sub-block
-    sees the branch's input, which the norm does not.
+    sees the branch's input, which the norm does not. Scales, gates and changes of layout are passed as well, products
+    of activations are not: scores plus a bias are a sum too, and no branch.
     """
-    width = value.shape[-1:]
+    size = prod(value.shape)
     for _ in range(10):
         if value.index <= stream.index:
             return None
@@ -130,7 +149,6 @@ def _returned_by(
             (call, key)
             for call, key in calls
             if call.start > stream.index
-            and value.shape[-1:] == width  # scores plus a bias are a sum too, and no branch
             and any(call.holds(use.index) for use in uses)
             and not isinstance(modules[call.path], CONTAINERS)
         ]
@@ -139,23 +157,38 @@ def _returned_by(
             return call, key, value
         outer = [call for call, _ in calls if call.start > stream.index and call.inputs]
         given = [v for call in outer[-1:] for v in call.inputs.values() if v.index in inside and v is not value]
-        earlier = given or [p for p in value.active if p.index in inside]
-        if not earlier or (value.use is not None and not given):
+        if not given and (value.use is not None or value.index in graph.mixers):
             return None
-        wide = [p for p in earlier if p.shape[-1:] == value.shape[-1:]]  # a gate on the whole branch is narrower
-        value = given[0] if given else max(wide or earlier, key=lambda p: p.index)
+        earlier = [p for p in given or value.active if p.index in inside and prod(p.shape) == size]
+        if not earlier:
+            return None
+        value = given[0] if given else max(earlier, key=lambda p: p.index)
     return None
 
 
 def kind_of(graph: Graph, branch: Branch) -> str:
-    """attention where two activations meet, ssm where a convolution or a scan along the tokens mixes them, else mlp."""
+    """attention where a softmax weighs values, ssm where else tokens are mixed, mlp where they are not.
+
+    Where the returned module is the whole sub-block, only what happens inside it counts: in two-stream encoders the
+    branch of one stream begins before the sub-block of the other.
+    """
     start = branch.stream.index
     steps = [v for i, v in branch.inside.items() if start < i <= branch.returned.index and v.floating]
-    if any(a.path and branch.call.holds(a.query.index) for a in graph.attentions):
+    whole = [use for use in branch.sites if branch.call.holds(use.index)]
+    if len(whole) > 1 and any(v.shape == branch.returned.shape for v in branch.call.inputs.values()):
+        steps = [v for v in steps if branch.call.holds(v.index)]
+    here = {v.index for v in steps}
+    if any(a.query.index in here for a in graph.attentions) or here & graph.softmax_attentions:
         return "attention"
-    if any(v.op in TOKEN_MIXES and len(v.shape) >= 3 and not v.weights for v in steps):
-        return "ssm"
-    return "attention" if any(v.index in graph.mixers for v in steps) else "mlp"
+    mixed = bool(here & graph.mixers) or any(_mixes_tokens(graph, v) for v in steps)
+    return "ssm" if mixed else "mlp"
+
+
+def _mixes_tokens(graph: Graph, value: Value) -> bool:
+    """A convolution along the tokens, a Fourier transform, a cumulative sum; or slices one by one, as scans take them."""
+    if value.op in TOKEN_MIXES and len(value.shape) >= 3 and not value.weights:
+        return value.use is None or value.use.spread
+    return graph.slices[value.index] >= SCANNED
 
 
 def _without_nested(branches: list[Branch]) -> list[Branch]:
@@ -166,7 +199,7 @@ def _without_nested(branches: list[Branch]) -> list[Branch]:
             other
             for other in branches
             if other is not branch
-            and other.stream.index > branch.stream.index
+            and other.stream.index >= branch.stream.index
             and other.returned.index < branch.returned.index
             and other.call.start >= branch.stream.index
             and other.returned.index in branch.inside

@@ -120,9 +120,9 @@ class Tracer(TorchFunctionMode):
                 axis = -3 - axis
             if matrices:
                 x = operands[len(parents) - 1 - parents[::-1].index(light[-1])]
-                out.use = Use(
-                    matrices, op, self._module, light[-1], out, axis, parents[i].op == "weight", self._rows(x, op)
-                )
+                whole, rows = parents[i].op == "weight", self._rows(x, op)
+                spread = op.startswith("conv") and operands[i].shape[2:].numel() > 1
+                out.use = Use(matrices, op, self._module, light[-1], out, axis, whole, rows, spread)
                 self.graph.uses.append(out.use)
         elif len(light) >= 2 and light[-1].live and light[-2].live:
             self.graph.products.append((out, tuple(light[-2:])))
