@@ -30,14 +30,17 @@ def _pair(products: Products, out: Value, operands: tuple[Value, ...]) -> Iterat
 
 
 def _scores(operand: Value, products: Products) -> tuple[Value, bool] | None:
-    """The last product before `operand` with no weight in between, and whether a softmax lies on the way to it."""
+    """A product before `operand` with no weight in between, and whether a softmax lies on the way to it.
+
+    Of several that are added up, as where positions have scores of their own, it is the first: that of the contents.
+    """
     seen: set[tuple[int, bool]] = set()
     todo = [(operand, False)]
     found: tuple[Value, bool] | None = None
     while todo:
         value, softmax = todo.pop()
         if value.index in products:
-            if found is None or value.index > found[0].index or softmax > found[1]:
+            if found is None or (softmax, -value.index) > (found[1], -found[0].index):
                 found = value, softmax
             continue
         if (value.index, softmax) in seen or value.use is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -131,6 +132,24 @@ class Graph:
             for key, value in call.outputs.items():
                 found[value.index].append((call, key))
         return found
+
+    @cached_property
+    def _in_order(self) -> tuple[list[Call], list[int]]:
+        calls = sorted(self.calls, key=lambda call: (call.start, -call.end))
+        return calls, [call.start for call in calls]
+
+    def calls_between(self, first: int, last: int) -> list[Call]:
+        """The calls that start at an index from `first` to `last`, an outer one before those inside it."""
+        calls, starts = self._in_order
+        return calls[bisect_left(starts, first) : bisect_right(starts, last)]
+
+    def around(self, value: Value) -> Call:
+        """The innermost call in which a value was made; one without a path is the model's own."""
+        calls, starts = self._in_order
+        for call in reversed(calls[: bisect_right(starts, value.index)]):
+            if call.holds(value.index):
+                return call
+        return Call("", 0, len(self.values))
 
     @cached_property
     def calls_of(self) -> dict[str, list[Call]]:

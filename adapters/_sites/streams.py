@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -10,7 +11,7 @@ from torch import nn
 
 from adapters._contract import Key
 from adapters._sites.graph import Call, Graph, Use, Value, ancestors
-from adapters._sites.operands import COPIES, SUMS, TIMES, TOKEN_MIXES
+from adapters._sites.operands import COPIES, CURVES, SUMS, TIMES, TOKEN_MIXES
 
 SCANNED = 8  # slices of one value, each of a dimension less, that a loop over tokens takes; the probe has 12 tokens
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # what is added to them would be iterated over
@@ -20,7 +21,8 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # what is added to t
 class Branch:
     """`value`, computed from `stream` through `uses`, is added back to it in `total`; `call` returned it as `key`.
 
-    `returned` is that output: `value` itself, or what became it through a norm that follows the module.
+    `returned` is that output: `value` itself, or what became it through a norm that follows the module. Where no module
+    returns it alone, the branch is `loose`, and `call` the one in which it is added.
     """
 
     stream: Value
@@ -32,15 +34,22 @@ class Branch:
     key: Key
     returned: Value
     kind: str
+    loose: bool = False
 
     @property
     def sites(self) -> list[Use]:
         return [use for use in self.uses if use.linear]
 
+    @property
+    def curved(self) -> bool:
+        """Whether an activation function lies in it."""
+        return any(v.op in CURVES and v.live for i, v in self.inside.items() if i > self.stream.index)
 
-def find_branches(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Branch]:
-    """All branches in order of execution, one per output of a module call."""
+
+def find_branches(graph: Graph, modules: Mapping[str, nn.Module]) -> tuple[list[Branch], list[Branch]]:
+    """All branches in order of execution, one per output of a module call; and those that no module returns alone."""
     found: dict[tuple[int, str, Key], Branch] = {}
+    loose: list[Branch] = []
     for total in graph.values:
         if total.op not in SUMS or not total.floating or len(total.shape) < 2:
             continue
@@ -51,9 +60,13 @@ def find_branches(graph: Graph, modules: Mapping[str, nn.Module]) -> list[Branch
                 continue
             branch.kind = kind_of(graph, branch)
             same = (branch.call.start, branch.call.path, branch.key)
-            if same not in found or branch.stream.index < found[same].stream.index:
+            if branch.loose:
+                loose.append(branch)
+            elif same not in found or branch.stream.index < found[same].stream.index:
                 found[same] = branch
-    return sorted(_without_nested(list(found.values())), key=lambda b: b.returned.index)
+    placed = without_nested(list(found.values()))
+    shapes = {branch.total.shape for branch in placed}
+    return placed, [b for b in loose if b.total.shape in shapes and _is_deep(graph, b.inside, b.sites)]
 
 
 def _terms(graph: Graph, total: Value) -> tuple[list[Value], list[Value]]:
@@ -115,7 +128,8 @@ def _branch(
         # a convolution after the sub-block is not the sub-block, unless the branch has nothing else
         of_sites = [use for use in uses if use.linear] or uses
         place = _returned_by(graph, modules, stream, value, inside, of_sites)
-        return place and Branch(stream, value, total, inside, uses, *place, kind="")
+        call, key, returned = place if place is not None else (graph.around(total), None, value)
+        return Branch(stream, value, total, inside, uses, call, key, returned, "", place is None)
     return None
 
 
@@ -185,27 +199,31 @@ def kind_of(graph: Graph, branch: Branch) -> str:
 
 
 def _mixes_tokens(graph: Graph, value: Value) -> bool:
-    """A convolution along the tokens, a Fourier transform, a cumulative sum; or slices one by one, as scans take them."""
+    """A convolution along the tokens, a Fourier transform, a cumulative sum; or slices one by one, as in a scan."""
     if value.op in TOKEN_MIXES and len(value.shape) >= 3 and not value.weights:
         return value.use is None or value.use.spread
     return graph.slices[value.index] >= SCANNED
 
 
-def _without_nested(branches: list[Branch]) -> list[Branch]:
-    """Drops a branch that holds several others, which is a container, and one that is the only one inside another."""
+def without_nested(branches: list[Branch]) -> list[Branch]:
+    """Drops a branch that holds several others, which is a container, and one that is the only one inside another.
+
+    One that starts where the other does is not inside it: the other merely skips further back.
+    """
+    ordered = sorted(branches, key=lambda branch: branch.returned.index)
+    indices = [branch.returned.index for branch in ordered]
     dropped: set[int] = set()
-    for branch in branches:
-        nested = [
-            other
-            for other in branches
-            if other is not branch
-            and other.stream.index >= branch.stream.index
-            and other.returned.index < branch.returned.index
-            and other.call.start >= branch.stream.index
-            and other.returned.index in branch.inside
-        ]
-        if len(nested) == 1:
-            dropped.add(id(nested[0]))
-        elif nested:
+    for branch in ordered:
+        near = ordered[bisect_right(indices, branch.stream.index) : bisect_left(indices, branch.returned.index)]
+        within = [other for other in near if _within(other, branch)]
+        deeper = [other for other in within if other.stream.index > branch.stream.index]
+        if deeper and len(within) == 1:
+            dropped.add(id(deeper[0]))
+        elif deeper:
             dropped.add(id(branch))
-    return [b for b in branches if id(b) not in dropped]
+    return [branch for branch in ordered if id(branch) not in dropped]
+
+
+def _within(inner: Branch, outer: Branch) -> bool:
+    starts = inner.stream.index >= outer.stream.index and inner.call.start >= outer.stream.index
+    return starts and inner.returned.index in outer.inside

@@ -35,6 +35,7 @@ class Tracer(TorchFunctionMode):
         self._current: Any = WeakTensorKeyDictionary()
         self._names: dict[int, str] = {}
         self._storages: dict[int, str] = {}
+        self._buffers = {id(buffer) for module in modules.values() for buffer in module._buffers.values()}
         for path, parameter in parameters.items():
             self._names.setdefault(id(parameter), path)
             if parameter.numel() and parameter.device.type != "meta":
@@ -49,6 +50,8 @@ class Tracer(TorchFunctionMode):
         if path is not None:
             self.graph.touched.add(path)
             return self._new("weight", (), tensor, frozenset([path]))
+        if id(tensor) in self._buffers:
+            return self._new("buffer", (), tensor)
         return self._new("unknown", tuple(self.stack[-1].inputs.values()) if self.stack else (), tensor)
 
     def _weight_path(self, tensor: Tensor) -> str | None:
