@@ -63,7 +63,9 @@ def _add(y: Tensor, inner: Tensor, left: Tensor, inplace: bool) -> Tensor:
     if inplace:
         _rows(y).addmm_(inner, out)
         return y
-    return torch.addmm(_rows(y), inner, out).view(y.shape)
+    made = torch.empty(y.shape, dtype=y.dtype, device=y.device)  # no view: models add to what a layer returned in place
+    torch.addmm(_rows(y), inner, out, out=_rows(made))
+    return made
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -50,12 +50,11 @@ def _starts(branch: Branch, value: Value) -> int | None:
     before = ancestors(value, branch.stream.index + 1)
     if any(v.use is not None for v in before.values()):
         return None
-    return _same_features(value, branch.returned, _axis(branch))
-
-
-def _same_features(value: Value, returned: Value, axis: int) -> int | None:
-    """The axis of `value` that holds the features of `returned`, given that all the others are in the same order."""
-    expected = _moved(returned.shape, axis)
+    axis, expected = _axis(branch), _moved(branch.returned.shape, _axis(branch))
+    flat = branch.call.rows.get(branch.key, NOWHERE).layout == "flattened"
+    if flat and axis == -1 and len(value.shape) > 2 and value.shape[-1] == expected[-1]:
+        return -1  # the sub-block returns its rows and tokens as one axis
+    # the features may be elsewhere, but all other axes are in the same order
     return next((each for each in (axis, -1, 1) if _moved(value.shape, each) == expected), None)
 
 
@@ -73,6 +72,9 @@ def _input(graph: Graph, branch: Branch) -> tuple[Key, str | None, int]:
         axis = None if isinstance(slot, tuple) else _starts(branch, value)
         if axis is not None and not isinstance(slot, tuple):
             return slot, None, axis
+    slot = _argument(branch)
+    if slot is not None:
+        return slot, None, _axis(branch)
     block, sites = block_of(branch.call.path), [use.index for use in branch.sites]
     for call in graph.calls_between(branch.stream.index, branch.call.start):
         over = call.end <= branch.call.start or call is branch.call
@@ -80,7 +82,7 @@ def _input(graph: Graph, branch: Branch) -> tuple[Key, str | None, int]:
             axis = _starts(branch, call.inputs[0])
             if axis is not None:
                 return None, call.path, axis
-    return _argument(branch), None, _axis(branch)
+    return None, None, _axis(branch)
 
 
 def _argument(branch: Branch) -> Key:

@@ -45,9 +45,11 @@ def probes(model: nn.Module, example: Example) -> Iterator[Probe]:
             yield alike
         yield Probe(args, kwargs)
         return
+    books = _setting(model, "num_codebooks")  # audio decoders take a row of ids per codebook
+    many = COUNT * books if isinstance(books, int) else COUNT
     # classifiers without a way to pad take a single row; multiple choice takes three axes
-    for rows, choices in ((COUNT, 0), (1, 0), (COUNT, CHOICES)):
-        yield Probe((), {**quiet, **_invented(model, set(names), rows, choices)}, rows if rows == COUNT else 0)
+    for rows, choices in ((COUNT, 0), (1, 0), (COUNT, CHOICES), (many, 0)):
+        yield Probe((), {**quiet, **_invented(model, set(names), rows, choices)}, COUNT if rows >= COUNT else 0)
 
 
 @contextmanager
@@ -163,7 +165,7 @@ def _boxes(ids: Tensor) -> Tensor:
 
 def _alike(two: Tensor, rows: int) -> Tensor:
     """Rows of two kinds in the order that tells them apart: the first and the third are the same."""
-    return torch.stack([two[1 if row == OTHER else 0] for row in range(rows)])
+    return torch.stack([two[1 if row * COUNT // max(rows, COUNT) == OTHER else 0] for row in range(rows)])
 
 
 def _two_towers(model: nn.Module) -> bool:
