@@ -152,7 +152,7 @@ def law_5_only_the_adapter_trains(case: Case, folder: Path) -> None:
     model = case.shaken()
     own = {id(tensor) for tensor in tensors_of(model, "fr").values()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == own
-    gradients(model, case)
+    gradients(model, case, train=True)
     assert all(p.grad is None for p in base_parameters(model).values())
     reached = _reached(case)
     for key, tensor in tensors_of(model, "fr").items():
@@ -339,7 +339,7 @@ def _reached(case: Case) -> dict[str, torch.Tensor]:
 
     Asked of the adapted model, whose shaken adapter changes which experts are chosen.
     """
-    model = case.shaken()
+    model = case.shaken().train()
     base = base_parameters(model)
     for parameter in base.values():
         parameter.requires_grad_(parameter.is_floating_point() and not is_quantized(parameter))

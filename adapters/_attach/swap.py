@@ -14,13 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach.container import CHILD, Container
-from adapters._attach.state import ENTER, FACES, STATE, State, carrying, holding, put_tap, running, selection
+from adapters._attach.inputs import input_call, is_cut_off, trains
+from adapters._attach.state import (
+    ENTER,
+    FACES,
+    STATE,
+    Selection,
+    State,
+    carrying,
+    holding,
+    put_tap,
+    running,
+    selection,
+)
 
 BASE = "_adapter_base_class"
 # faces: what a subclass adds, beside ENTER
 PREPARE = "prepare"  # the base model below the root's heads, which may be called by itself
 CALL = "call"
 TAP = "tap"
+INPUT = "input"  # input embeddings
 CHECKPOINT = "checkpoint"
 TAPPED_BY = "_adapter_tapped_by"  # in a tapped module's __dict__: the slots that read its input
 HOLD = "hold"  # holds tensors that others use
@@ -43,6 +56,8 @@ def adapted_class(base: Any, faces: frozenset[str]) -> type[nn.Module]:
     }
     if CALL in faces or TAP in faces:
         space["__call__"] = _site_call(base, TAP in faces)
+    if INPUT in faces:
+        space["__call__"] = input_call(space.get("__call__", base.__call__))
     if ENTER in faces or PREPARE in faces:
         space["__call__"] = _root_call(space.get("__call__", base.__call__), ENTER in faces)
     if ENTER in faces:
@@ -122,9 +137,18 @@ def _root_call(inner: Callable[..., Any], root: bool) -> Callable[..., Any]:
         with holding(state, acting), running(state) as outermost:
             if acting and outermost:
                 args, kwargs = _prepared(self, state, args, kwargs)
-            return inner(self, *args, **kwargs)
+            result = inner(self, *args, **kwargs)
+            if outermost and _needs_input_grads(state, acting, result):
+                state.inputs_require_grad = True
+                result = inner(self, *args, **kwargs)
+            return result
 
     return __call__
+
+
+def _needs_input_grads(state: State, acting: Selection, result: Any) -> bool:
+    """Whether a forward that should train is cut off from its adapters: it is run again, once in a model's life."""
+    return torch.is_grad_enabled() and not state.inputs_require_grad and trains(acting) and is_cut_off(result)
 
 
 def _prepared(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

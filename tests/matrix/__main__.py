@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "plugin")]  # the laws, as under pytest
 
 import torch
 import typer
@@ -19,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 # imported once, before the processes are forked: what most of them need
-from transformers import (  # noqa: F401  # noqa: F401
+from transformers import (  # noqa: F401
     BertForMaskedLM,
     LlamaForCausalLM,
     MambaForCausalLM,
@@ -78,7 +71,9 @@ def main(
             for row in new:
                 if row.result in ("fail", "refused"):
                     law = f" law {row.law}" if row.law else ""
-                    console.print(f"{row.pair} {row.method}{law}: {row.result}: {row.reason}", markup=False)
+                    console.print(
+                        f"{row.pair} {row.method}{law}: {row.result}: {row.reason}", markup=False, soft_wrap=True
+                    )
     wanted = [row for row in rows if row.pair in set(chosen)]
     _summary(wanted, console)
     if output is not None:
