@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from adapters._attach.state import STATE, Selection, State, selection
+from adapters._attach.state import STATE, State, selection
 
 
 def input_embeddings(model: nn.Module) -> Iterator[nn.Module]:
@@ -39,15 +39,15 @@ def input_call(inner: Callable[..., Any]) -> Callable[..., Any]:
         state: State | None = self.__dict__.get(STATE)
         if state is None or not isinstance(y, Tensor) or not torch.is_grad_enabled() or not y.is_leaf:
             return y
-        if state.inputs_require_grad and y.is_floating_point() and trains(selection(state)):
+        if (
+            state.inputs_require_grad
+            and y.is_floating_point()
+            and any(adapter.trainable for adapter in selection(state))
+        ):
             y.requires_grad_()
         return y.clone() if y.requires_grad else y
 
     return __call__
-
-
-def trains(acting: Selection) -> bool:
-    return any(adapter.trainable for adapter in acting)
 
 
 def is_cut_off(result: Any) -> bool:

@@ -162,6 +162,7 @@ def _enter(model: nn.Module, state: State) -> None:
     below = base_model(model)
     if below is not None and below is not model:
         add_faces(below, state, PREPARE)
+        state.base_path = next(f"{path}." for path, module in model.named_modules() if module is below)
     for module in list(input_embeddings(model)):
         add_faces(module, state, INPUT)
     for module in list(model.modules()):

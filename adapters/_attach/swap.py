@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach.container import CHILD, Container
-from adapters._attach.inputs import input_call, is_cut_off, trains
+from adapters._attach.inputs import input_call, is_cut_off
 from adapters._attach.state import (
     ENTER,
     FACES,
@@ -138,7 +138,7 @@ def _root_call(inner: Callable[..., Any], root: bool) -> Callable[..., Any]:
             if acting and outermost:
                 args, kwargs = _prepared(self, state, args, kwargs)
             result = inner(self, *args, **kwargs)
-            if outermost and _needs_input_grads(state, acting, result):
+            if (outermost or not root) and _needs_input_grads(state, acting, result, "" if root else state.base_path):
                 state.inputs_require_grad = True
                 result = inner(self, *args, **kwargs)
             return result
@@ -146,9 +146,11 @@ def _root_call(inner: Callable[..., Any], root: bool) -> Callable[..., Any]:
     return __call__
 
 
-def _needs_input_grads(state: State, acting: Selection, result: Any) -> bool:
-    """Whether a forward that should train is cut off from its adapters: it is run again, once in a model's life."""
-    return torch.is_grad_enabled() and not state.inputs_require_grad and trains(acting) and is_cut_off(result)
+def _needs_input_grads(state: State, acting: Selection, result: Any, part: str) -> bool:
+    """Whether what should train is cut off from the adapters inside `part`: it is run again, once in a model's life."""
+    if state.inputs_require_grad or not torch.is_grad_enabled() or not is_cut_off(result):
+        return False
+    return any(adapter.trainable and any(site.path.startswith(part) for site in adapter.sites) for adapter in acting)
 
 
 def _prepared(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
