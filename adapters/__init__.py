@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         Factors,
         KeyValueMethod,
         KeyValueSite,
+        LayerSite,
         Method,
+        Rows,
         StreamMethod,
         StreamSite,
         Weight,
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "_attach": "Adapter AttachReport activate adapters_of attach detach using",
-    "_contract": "Factors KeyValueMethod KeyValueSite Method StreamMethod StreamSite Weight WeightMethod WeightSite",
+    "_contract": "Factors KeyValueMethod KeyValueSite LayerSite Method Rows StreamMethod StreamSite"
+    " Weight WeightMethod WeightSite",
     "_errors": "AdapterError DamagedAdapter WrongBase",
     "_hub": "load_base",
     "_merge": "Certificate merge",
@@ -60,9 +63,11 @@ __all__ = [
     "Factors",
     "KeyValueMethod",
     "KeyValueSite",
+    "LayerSite",
     "LoadReport",
     "Method",
     "QuantizeReport",
+    "Rows",
     "SaveReport",
     "SiteMap",
     "StreamMethod",
