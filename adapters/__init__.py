@@ -19,14 +19,13 @@ import torch as _torch  # noqa: F401 - the one heavy import that every use needs
 if TYPE_CHECKING:
     from adapters import methods
     from adapters._attach import Adapter, AttachReport, activate, adapters_of, attach, detach, using
+    from adapters._change import Factors, Scaled, Weight
     from adapters._contract import (
-        Factors,
         KeyValueMethod,
         KeyValueSite,
         Method,
         StreamMethod,
         StreamSite,
-        Weight,
         WeightMethod,
         WeightSite,
     )
@@ -39,7 +38,8 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "_attach": "Adapter AttachReport activate adapters_of attach detach using",
-    "_contract": "Factors KeyValueMethod KeyValueSite Method StreamMethod StreamSite Weight WeightMethod WeightSite",
+    "_change": "Factors Scaled Weight",
+    "_contract": "KeyValueMethod KeyValueSite Method StreamMethod StreamSite WeightMethod WeightSite",
     "_errors": "AdapterError DamagedAdapter WrongBase",
     "_hub": "load_base",
     "_merge": "Certificate merge",
@@ -64,6 +64,7 @@ __all__ = [
     "Method",
     "QuantizeReport",
     "SaveReport",
+    "Scaled",
     "SiteMap",
     "StreamMethod",
     "StreamSite",

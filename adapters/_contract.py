@@ -8,12 +8,15 @@ tensors of `p` carry a leading dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, TypeAlias
+from typing import ClassVar, Literal, Self, TypeAlias
 
 from torch import Tensor
 
+from adapters._change import Factors as Factors
+from adapters._change import Scaled as Scaled
+from adapters._change import Weight as Weight
 from adapters._errors import AdapterError
 
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -98,29 +101,6 @@ class KeyValueSite:
 Site: TypeAlias = WeightSite | StreamSite | KeyValueSite
 
 
-class Weight(Protocol):
-    """A base weight that is read on demand, so that a 4-bit weight is dequantised only by who needs it."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def dense(self) -> Tensor:
-        """The weight in the contract's orientation, `(n_out, n_in)`, in the base's floating-point dtype."""
-        ...
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A low-rank change of a weight: `scale * left @ right`, left `(..., n_out, rank)`, right `(..., rank, n_in)`."""
-
-    left: Tensor
-    right: Tensor
-    scale: float = 1.0
-
-    def dense(self) -> Tensor:
-        return self.scale * (self.left @ self.right)
-
-
 @dataclass(frozen=True)
 class Method:
     """What every method shares: a frozen dataclass whose fields are its hyperparameters, checked when it is made."""
@@ -134,17 +114,31 @@ class Method:
         """Whether this method, with these hyperparameters, acts at `site` when the caller names no targets."""
         return site.default
 
+    def at(self, site: Site) -> Self:
+        """This method with the hyperparameters that hold at `site`; the engine asks once a site, for all it does."""
+        return self
+
+    def review(self, sites: Sequence[Site]) -> tuple[str, ...]:
+        """What the report must say of acting at `sites`, all that were chosen; the model has not changed yet.
+
+        Raises:
+            AdapterError: a hyperparameter means none of them.
+        """
+        return ()
+
 
 @dataclass(frozen=True)
 class WeightMethod(Method):
-    """Changes a weight: `weight` defines the method, `factors` or `delta` are shortcuts that must agree with it.
+    """Changes a weight: `weight`, and `offset` for its bias, define the method; the other functions are shortcuts.
 
-    A method that has neither shortcut runs by its definition. `dropout`, if it has such a field, is the probability
-    with which the engine zeroes elements of the `x` that the change sees, in training.
+    A shortcut must agree with the definition; a method without any runs by its definition. `dropout`, if there is such
+    a field, is the probability with which the engine zeroes elements of the `x` that the change sees, in training.
+    Where a weight is read instead of called, the bias is out of reach and stays as it is.
     """
 
     kind: ClassVar[str] = "weight"
     mergeable: ClassVar[bool] = True
+    precise: ClassVar[frozenset[str]] = frozenset()  # tensors that start in fp32 whatever dtype is asked for
 
     def init(self, site: WeightSite, w: Weight) -> dict[str, Tensor]:
         """Fresh tensors, fp32 on the default device; with a leading `experts` dimension where the site has one."""
@@ -154,15 +148,47 @@ class WeightMethod(Method):
         """The definition: the adapted weight, shaped like `w`."""
         raise NotImplementedError
 
+    def offset(self, b: Tensor | None, p: Tensors) -> Tensor | None:
+        """The definition for the bias `b (n_out,)`, None where there is none: `b` itself where it does not change."""
+        return b
+
     def factors(self, p: Tensors) -> Factors | None:
-        """The change as a low-rank product, where it is one; the engine then never forms the dense change."""
+        """The whole change as a low-rank product, where it is one; the engine then never forms the dense change."""
         return None
 
-    def delta(self, x: Tensor, y: Tensor, w: Weight, p: Tensors) -> Tensor:
-        """What to add to `y = base(x)`: `x @ (weight(w, p) - w).T`."""
+    def scaled(self, w: Weight, p: Tensors) -> Scaled | None:
+        """The whole change of the weight as a scaling of its outputs, where it is one."""
+        return None
+
+    def inputs(self, p: Tensors) -> Tensor | None:
+        """What scales the inputs, `(..., n_in)`, where that is the whole change: `weight(w, p) = w diag(inputs)`.
+
+        The base's own product then runs on the scaled `x`, and nothing is added.
+        """
+        return None
+
+    def delta(self, x: Tensor, y: Tensor | None, w: Weight, p: Tensors) -> Tensor:
+        """What to add to `y = x @ w.T + b`: `x @ (weight(w, p) - w).T + offset(b, p) - b`.
+
+        `y` is None where `x` went through dropout: the base's output was made from another `x`.
+        """
         low = self.factors(p)
         if low is not None:
-            return low.scale * (x @ low.right.mT @ low.left.mT)
+            return low.delta(x)
+        b = w.bias()
+        offset = self.offset(b, p)
+        change = self._product_delta(x, y if y is None or b is None else y - b, w, p)
+        if offset is None or offset is b:
+            return change
+        return change + (offset if b is None else offset - b).unsqueeze(-2)
+
+    def _product_delta(self, x: Tensor, product: Tensor | None, w: Weight, p: Tensors) -> Tensor:
+        """`x @ (weight(w, p) - w).T`, from `product = x @ w.T` where it is known."""
+        scaled, inputs = self.scaled(w, p), self.inputs(p)
+        if scaled is not None:
+            return scaled.delta(x, x @ w.dense().to(x.dtype).mT if product is None else product)
+        if inputs is not None:
+            return (x * (inputs - 1).unsqueeze(-2)) @ w.dense().to(x.dtype).mT
         dense = w.dense()
         return x @ (self.changed(dense, p) - dense).to(x.dtype).mT
 

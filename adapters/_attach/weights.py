@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from adapters._contract import WeightSite
+from adapters._contract import Method, Site, WeightMethod, WeightSite
+from adapters._errors import AdapterError
 from adapters._quantize import dequantize, is_quantized
 
 
@@ -18,6 +20,7 @@ class BaseWeight:
     parameter: str
     shape: tuple[int, ...]
     stored_transposed: bool
+    added: str | None = None  # the owner's parameter that is its bias
 
     @property
     def stored(self) -> nn.Parameter:
@@ -32,11 +35,54 @@ class BaseWeight:
 
     def dense(self) -> Tensor:
         stored = self.stored
+        if stored.is_meta:
+            raise AdapterError(
+                f"{self.parameter} of a {type(self.owner).__name__} is offloaded, and this method reads it outside of "
+                "the layer's own forward: load the base without offloading."
+            )
         if is_quantized(stored):
             return dequantize(stored)
         return stored.mT if self.transposed else stored
 
+    def bias(self) -> Tensor | None:
+        return None if self.added is None else self.owner._parameters[self.added]
+
 
 def base_weight(model: nn.Module, site: WeightSite) -> BaseWeight:
     """The handle of a site's weight."""
-    return BaseWeight(model.get_submodule(site.owner), site.parameter, site.shape, site.transposed)
+    owner = model.get_submodule(site.owner)
+    added = bias_name(owner, site) if site.access == "call" else None
+    return BaseWeight(owner, site.parameter, site.shape, site.transposed, added)
+
+
+def bias_name(owner: nn.Module, site: WeightSite) -> str | None:
+    """What a called layer adds to its product: whatever it is called, there is nothing else that it computes with."""
+    held = {name: p.shape for name, p in owner._parameters.items() if p is not None and name != site.parameter}
+    named = [name for name, shape in held.items() if shape == (site.n_out,)]
+    return "bias" if "bias" in named else next(iter(named), None)
+
+
+def by_site(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors keyed `f"{path}:{name}"` as what each path has."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, _, name = key.rpartition(":")
+        found.setdefault(path, {})[name] = tensor
+    return found
+
+
+def bias_notes(model: nn.Module, method: Method, sites: Iterable[Site], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What a report says of layers that have no bias, and get one while the adapter acts."""
+    if not isinstance(method, WeightMethod):
+        return []
+    given = by_site(tensors)
+    called = [site for site in sites if isinstance(site, WeightSite) and site.access == "call"]
+    without = [
+        site.owner
+        for site in called
+        if bias_name(model.get_submodule(site.owner), site) is None
+        and method.at(site).offset(None, given[site.path]) is not None
+    ]
+    if not without:
+        return []
+    return [f"merging will be refused: {len(without)} layers have no bias to merge one into, such as {without[0]}"]
