@@ -24,13 +24,34 @@ Key: TypeAlias = int | str | None  # an element of a call's inputs or outputs; N
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Where the rows of a batch are in what reaches a site, as the probe saw it.
+
+    "axis": axis `axis` counts the rows. "flattened" and "windowed": axis `axis` counts rows and, within a row, tokens
+    or windows of tokens. "interleaved": it counts tokens and, within a token, rows. "routed": tokens were picked, as
+    for an expert, and follow the index that picked them. "none": nothing there depends on the row, or no layout fits.
+    """
+
+    layout: Literal["axis", "flattened", "windowed", "interleaved", "routed", "none"] = "none"
+    axis: int = 0
+
+    def __str__(self) -> str:
+        return self.layout if self.layout in ("none", "routed") else f"{self.layout} {self.axis}"
+
+
+NOWHERE = Rows("none")
+
+
+@dataclass(frozen=True)
 class WeightSite:
-    """A parameter of two or three dimensions that multiplies activations.
+    """A parameter of two or more dimensions that multiplies activations, or a table in which they are looked up.
 
     `path` names the parameter, `owner` the module that holds it. `access` is "call" where calling the owner computes
-    `x @ w.T + bias` and nothing else, "read" where other code reads the parameter (fused experts). `transposed` marks
-    storage as `(n_in, n_out)`. `aliases` are further paths of the same parameter. Sites with `default=False` are
-    adapted only when named in `targets`; `reason` says why.
+    `x @ w.T + bias` and nothing else, "read" where other code reads the parameter: fused experts, convolutions, tables.
+    `transposed` marks storage as `(n_in, n_out)`; a table of `n_in` rows is one, read with one-hot activations.
+    `folded` are the stored axes that are seen as one, where there are more than two: a convolution's kernel is stored
+    as `(n_out, channels, *kernel)` and seen as `(n_out, n_in)`, n_in = channels * positions. `aliases` are further
+    paths of the same parameter. Sites with `default=False` are adapted only when named in `targets`; `reason` says why.
     """
 
     path: str
@@ -46,6 +67,8 @@ class WeightSite:
     default: bool = True
     reason: str = ""
     aliases: tuple[str, ...] = ()
+    folded: tuple[int, ...] = ()
+    rows: Rows = NOWHERE
     kind: ClassVar[str] = "weight"
 
     @property
@@ -72,6 +95,7 @@ class StreamSite:
     block: str = ""
     default: bool = True
     reason: str = ""
+    rows: Rows = NOWHERE
     kind: ClassVar[str] = "stream"
 
     @property
@@ -91,6 +115,7 @@ class KeyValueSite:
     block: str = ""
     default: bool = True
     reason: str = ""
+    rows: Rows = NOWHERE
     kind: ClassVar[str] = "keyvalue"
 
     @property

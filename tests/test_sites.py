@@ -61,6 +61,7 @@ STREAMS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "odd": (("storeys.0.gaze", None, 0, None), ("storeys.0.chew", None, 0, None)),
 }
 STREAMS["bert_classifier"] = STREAMS["bert"]
+TABLES = {"gpt2": 2, "bert": 3, "bert_classifier": 3}  # positions, token types; one in the others
 KEYVALUES = {  # path in block 0, heads, width, causal
     "llama": ("model.layers.0.self_attn", 2, 16, True),
     "qwen3": ("model.layers.0.self_attn", 2, 32, True),
@@ -85,13 +86,14 @@ def mapped(name: str) -> SiteMap:
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_roles(name: str) -> None:
-    assert Counter(site.role for site in mapped(name).weights) == ROLES[name]
+    expected = {**ROLES[name], "embedding": TABLES.get(name, 1)}
+    assert Counter(site.role for site in mapped(name).weights) == expected
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_only_heads_routers_and_tied_weights_are_left_out_with_a_reason(name: str) -> None:
     for site in mapped(name).weights:
-        aside = site.role in ("head", "router", "embedding-tied")
+        aside = site.role in ("head", "router", "embedding-tied", "embedding")
         assert site.default is not aside
         assert bool(site.reason) is aside
 
@@ -130,12 +132,16 @@ def test_experts_are_one_read_site() -> None:
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_orientation_comes_from_the_call(name: str) -> None:
     for site in mapped(name).weights:
-        assert site.transposed is (name == "gpt2" and site.role != "embedding-tied"), site.path
+        assert site.transposed is ((name == "gpt2" and site.role != "embedding-tied") or site.role == "embedding")
 
 
-def test_a_tied_weight_is_one_site_that_knows_its_other_name() -> None:
-    head = next(site for site in mapped("gpt2").weights if site.role == "embedding-tied")
-    assert (head.path, head.aliases) == ("lm_head.weight", ("transformer.wte.weight",))
+def test_a_tied_weight_is_a_site_where_it_multiplies_and_one_where_it_is_looked_up_in() -> None:
+    tied = [s for s in mapped("gpt2").weights if s.path in ("lm_head.weight", "transformer.wte.weight")]
+    assert [(s.path, s.role, s.access, s.aliases) for s in tied] == [
+        ("lm_head.weight", "embedding-tied", "call", ()),
+        ("transformer.wte.weight", "embedding", "read", ()),
+    ]
+    assert (tied[1].n_in, tied[1].n_out) == (tiny.VOCAB, tiny.HIDDEN)
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -334,7 +340,7 @@ def test_targets_keep_to_the_kind_of_the_method() -> None:
         (AnyWeight(), ["q_proj", "q_porj"], ["'q_porj'; did you mean 'q_proj'?", "attention.query", "down_proj"]),
         (AnyWeight(), "proj", ["'proj'"]),
         (AnyWeight(), [], ["an empty list of targets"]),
-        (AnyWeight(), lambda site: False, ["the predicate given as targets accepts none of the 15 weight sites"]),
+        (AnyWeight(), lambda site: False, ["the predicate given as targets accepts none of the 16 weight sites"]),
         (AnyWeight(), [3], ["targets are strings or one predicate, not int: 3"]),
         (AnyStream(), "q_proj", ["no stream site", "stream.attention"]),
     ],
@@ -423,5 +429,5 @@ def test_the_trace_is_linear_in_depth() -> None:
     model = hf.LlamaForCausalLM(config).eval()
     started = time.process_time()
     found = sites(model)
-    assert len(found.weights) == 30 * 7 + 1
+    assert len(found.weights) == 30 * 7 + 2
     assert time.process_time() - started < 3.0

@@ -1,6 +1,9 @@
 """Attaching in place: class swap, tensors in children, one State a model."""
 
-from adapters._attach import positions  # prepares position ids before forwards with a prefix
+from adapters._attach import (
+    positions,  # prepares position ids before forwards with a prefix
+    products,  # the shortcuts of factored weights
+)
 from adapters._attach.entries import bare_copy
 from adapters._attach.install import base_parameters, install, remove, replace, tensors_of
 from adapters._attach.report import AttachReport
@@ -21,6 +24,7 @@ __all__ = [
     "install",
     "make_method",
     "positions",
+    "products",
     "remove",
     "replace",
     "state_of",

@@ -126,16 +126,16 @@ class ReadWeight(Entry):
         super().__init__(method, site, tensors, w=w)
 
     def forward(self, stored: Tensor | Factored | ScaledWeight) -> Tensor | Factored | ScaledWeight:
-        method, p, transposed = cast(WeightMethod, self.method), self.tensors(), self.w.transposed
+        method, p, w = cast(WeightMethod, self.method), self.tensors(), self.w
         if isinstance(stored, Tensor):
-            low, scaled, inputs = method.factors(p), method.scaled(self.w, p), method.inputs(p)
+            low = method.factors(p)
             if low is not None:
                 return self._factored(stored, low)
-            if scaled is not None or inputs is not None:
+            scaled, inputs = method.scaled(w, p), method.inputs(p)
+            if (scaled is not None or inputs is not None) and not w.folded:
                 return self._scaled(stored, scaled, inputs)
         dense = stored if isinstance(stored, Tensor) else stored.dense("a second adapter")
-        changed = method.changed(dense.mT if transposed else dense, p)
-        return (changed.mT if transposed else changed).to(dense.dtype)
+        return w.as_stored(method.changed(w.seen(dense), p)).to(dense.dtype)
 
     def _factored(self, stored: Tensor, low: Factors) -> Factored:
         left, right = (low.right.mT, low.left.mT) if self.w.transposed else (low.left, low.right)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -115,8 +116,8 @@ def _at_weight(
     model: nn.Module, slot: str, method: WeightMethod, site: WeightSite, given: Mapping[str, Tensor]
 ) -> list[Made]:
     w, owner = base_weight(model, site), submodule(model, site.owner)
-    found = tuple(w.stored.shape[:-2]) + (tuple(w.stored.mT.shape[-2:]) if w.transposed else tuple(w.stored.shape[-2:]))
-    if not is_quantized(w.stored) and found != site.shape:
+    if not is_quantized(w.stored) and not _fits(w.stored, site):
+        found = tuple(w.stored.shape)
         raise AdapterError(f"{site.path} is {found} in this model, and the adapter was made for {site.shape}.")
     low = method.factors(given)
     if low is not None and (*low.left.shape[:-1], low.right.shape[-1]) != site.shape:
@@ -134,6 +135,14 @@ def _at_weight(
     # a parameter that several modules share has one adapter, which acts at each of them
     shared = [path for path in site.aliases if not isinstance(submodule(model, path.rpartition(".")[0]), nn.Embedding)]
     return [Made(*_location(slot, path, site), entry, _face(path, site, entry)) for path in (site.path, *shared)]
+
+
+def _fits(stored: Tensor, site: WeightSite) -> bool:
+    if site.folded and tuple(stored.shape[1:]) != site.folded:
+        return False
+    rows, columns = (stored.shape[0], prod(site.folded)) if site.folded else stored.shape[-2:]
+    lead = () if site.folded else tuple(stored.shape[:-2])
+    return (*lead, *((columns, rows) if site.transposed else (rows, columns))) == site.shape
 
 
 def _face(path: str, site: WeightSite, entry: nn.Module) -> str:

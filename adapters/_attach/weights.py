@@ -20,6 +20,7 @@ class BaseWeight:
     parameter: str
     shape: tuple[int, ...]
     stored_transposed: bool
+    folded: tuple[int, ...] = ()  # the stored axes that are seen as one
     added: str | None = None  # the owner's parameter that is its bias
 
     @property
@@ -42,7 +43,17 @@ class BaseWeight:
             )
         if is_quantized(stored):
             return dequantize(stored)
-        return stored.mT if self.transposed else stored
+        return self.seen(stored)
+
+    def seen(self, stored: Tensor) -> Tensor:
+        """A tensor in the shape of the stored parameter, in the contract's orientation."""
+        matrix = stored.flatten(1) if self.folded else stored
+        return matrix.mT if self.transposed else matrix
+
+    def as_stored(self, w: Tensor) -> Tensor:
+        """The inverse of `seen`."""
+        matrix = w.mT if self.transposed else w
+        return matrix.reshape(-1, *self.folded) if self.folded else matrix
 
     def bias(self) -> Tensor | None:
         return None if self.added is None else self.owner._parameters[self.added]
@@ -52,7 +63,7 @@ def base_weight(model: nn.Module, site: WeightSite) -> BaseWeight:
     """The handle of a site's weight."""
     owner = model.get_submodule(site.owner)
     added = bias_name(owner, site) if site.access == "call" else None
-    return BaseWeight(owner, site.parameter, site.shape, site.transposed, added)
+    return BaseWeight(owner, site.parameter, site.shape, site.transposed, site.folded, added)
 
 
 def bias_name(owner: nn.Module, site: WeightSite) -> str | None:

@@ -43,7 +43,7 @@ def merged_parameters(model: nn.Module, adapter: Adapter) -> Merged:
         stored = exact.to(dequantised if is_quantized(w.stored) else dense.dtype)
         _require_finite(adapter, site.path, stored)
         found.predicted[site.path] = 0.0 if stored is exact else relative(stored, exact)
-        found.new[site.path] = (stored.mT if w.transposed else stored).contiguous()
+        found.new[site.path] = w.as_stored(stored).contiguous()
         if site.access == "call":
             found.new.update(_merged_bias(adapter, method, site, w, p))
     return found

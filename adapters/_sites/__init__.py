@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from adapters._sites.aside import Unreached
-from adapters._sites.discover import sites
+from adapters._sites.discover import example_inputs, sites
 from adapters._sites.map import SiteMap
-from adapters._sites.probe import Example, example_inputs
+from adapters._sites.probe import Example
+from adapters._sites.record import site_of, site_record
 from adapters._sites.select import Predicate, Targets, matches, select
 
-__all__ = ["Example", "example_inputs", "matches", "Predicate", "select", "SiteMap", "sites", "Targets", "Unreached"]
+__all__ = [
+    "Example",
+    "example_inputs",
+    "matches",
+    "Predicate",
+    "select",
+    "site_of",
+    "site_record",
+    "SiteMap",
+    "sites",
+    "Targets",
+    "Unreached",
+]

@@ -9,15 +9,20 @@ from math import prod
 from torch import nn
 
 from adapters._contract import WeightSite
-from adapters._heads import output_embeddings
+from adapters._heads import base_model, output_embeddings
 from adapters._sites.graph import Graph, Use, Value, ancestors
 from adapters._sites.streams import Branch
 from adapters._sites.weights import block_of, matrix, obstacle, split
 
 _TIED = "tied to an embedding; a change would also change the embedding"
 _HEAD = "a head: it follows the last residual stream"
+_OUTSIDE = "a head: it lies outside the base model"
 _ROUTER = "chooses or weighs experts; adapting it changes the routing"
 _NO_GRADIENT = "its output only selects, so its weight gets no gradient"
+_BESIDE = "a convolution beside linear weights: name it to adapt it"
+_UNMULTIPLIED = "multiplies no activations: it is added, scaled or compared"
+_UNCALLED = "the probe did not reach it"
+_MULTIPLY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -36,27 +41,46 @@ def set_aside(
     roles: Mapping[str, str],
     branches: list[Branch],
 ) -> dict[str, tuple[str, str]]:
-    """Role and reason of every used weight that stays outside the default."""
+    """Role and reason of every multiplied weight that stays outside the default."""
     head = output_embeddings(model)
     output = {id(p) for p in head.parameters()} if head is not None else set()
     embedded = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    base = base_model(model)
+    inside = {id(p) for p in base.parameters()} if base is not None else None
     after = _after_the_stream(graph, branches)
-    trained = _differentiable(graph.results)
+    trained = differentiable(graph.results)
+    beside = _convolutions_beside(graph, branches, after)
 
     def verdict(weight: str, uses: list[Use]) -> tuple[str, str] | None:
-        role = roles.get(weight, "other")
-        if id(parameters[weight]) in embedded:
+        role, this = roles.get(weight, "other"), id(parameters[weight])
+        if this in embedded:
             return "embedding-tied", _TIED
-        if id(parameters[weight]) in output:
+        if this in output:
             return "head", "the output embeddings"
         if weight in after:
             return "head", _HEAD
+        if inside is not None and this not in inside:
+            return "head", _OUTSIDE
         if role == "router":
             return role, _ROUTER
+        if weight in beside:
+            return role, _BESIDE
         return None if any(use.index in trained for use in uses) else (role, _NO_GRADIENT)
 
     verdicts = {w: verdict(w, uses) for w, uses in graph.uses_of.items() if w in parameters}
     return {weight: found for weight, found in verdicts.items() if found is not None}
+
+
+def _convolutions_beside(graph: Graph, branches: list[Branch], after: set[str]) -> set[str]:
+    """Convolutions that are not what their branch, or a model without branches, is made of."""
+    kernels = {weight for weight, uses in graph.uses_of.items() if not all(use.linear for use in uses)}
+    if not branches and all(weight in kernels | after for weight in graph.uses_of):
+        return set()
+    own: set[str] = set()
+    for branch in branches:
+        if not branch.sites:
+            own.update(weight for use in branch.uses for weight in use.weights)
+    return kernels - own
 
 
 def _after_the_stream(graph: Graph, branches: list[Branch]) -> set[str]:
@@ -73,7 +97,7 @@ def _after_the_stream(graph: Graph, branches: list[Branch]) -> set[str]:
     }
 
 
-def _differentiable(results: list[Value]) -> set[int]:
+def differentiable(results: list[Value]) -> set[int]:
     """Indices of the values from which a gradient can flow: not through indices, comparisons and detached tensors."""
     seen: set[int] = set()
     todo = list(results)
@@ -90,12 +114,16 @@ def generalise(
     graph: Graph,
     modules: Mapping[str, nn.Module],
     parameters: Mapping[str, nn.Parameter],
-) -> tuple[list[WeightSite], list[Unreached]]:
-    """Sites for weights the probe missed whose sibling it met, such as experts no token was sent to; and the rest."""
+) -> tuple[list[WeightSite], list[Unreached], list[Unreached]]:
+    """Sites for weights the probe missed whose sibling it met, such as experts no token was sent to; and the rest.
+
+    The rest are weights of products that are no site, and parameters that multiply nothing, in this order.
+    """
     known = {id(parameters[site.path]) for site in sites}
     siblings = {pattern: site for site in reversed(sites) for pattern in _patterns(site.path)}
     more: list[WeightSite] = []
     left = list(_obstructed(graph, parameters))
+    known |= {id(parameters[each.path]) for each in left}
     for path, module, parameter in _linear_like(modules, sites):
         if id(parameter) in known:
             continue
@@ -104,8 +132,21 @@ def generalise(
         if found and type(modules[found[0].owner]) is type(module):
             more.append(_like(found[0], path, *matrix(module, parameter)))
         else:
-            left.append(Unreached(path, "the probe did not call it", prod(matrix(module, parameter))))
-    return more, left
+            left.append(Unreached(path, _UNCALLED, prod(matrix(module, parameter))))
+    return more, left, list(_others(graph, modules, parameters, known))
+
+
+def _others(
+    graph: Graph, modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter], known: set[int]
+) -> Iterator[Unreached]:
+    """Every other parameter of two or more dimensions: nothing of a model's weights goes unmentioned."""
+    for path, parameter in parameters.items():
+        if parameter.dim() < 2 or id(parameter) in known:
+            continue
+        known.add(id(parameter))
+        table = isinstance(modules[split(path)[0]], nn.Embedding)
+        unreached = "a table, and " + _UNCALLED if table else _UNCALLED
+        yield Unreached(path, _UNMULTIPLIED if path in graph.touched else unreached, parameter.numel())
 
 
 def _patterns(path: str) -> list[str]:
@@ -123,10 +164,11 @@ def _like(sibling: WeightSite, path: str, rows: int, columns: int) -> WeightSite
 def _linear_like(
     modules: Mapping[str, nn.Module], sites: list[WeightSite]
 ) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    called = {type(modules[site.owner]) for site in sites if site.access == "call"} | {nn.Linear}
+    """Weights of the layers that multiply: linear ones, convolutions, and whatever class was met as a site's owner."""
+    met = {type(modules[site.owner]) for site in sites if site.access == "call" or site.folded}
     for owner, module in modules.items():
         weight = module._parameters.get("weight")
-        if type(module) in called and weight is not None and weight.dim() == 2:
+        if weight is not None and weight.dim() >= 2 and (type(module) in met or isinstance(module, _MULTIPLY)):
             yield (f"{owner}.weight" if owner else "weight"), module, weight
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 
 from adapters._errors import AdapterError
@@ -11,7 +13,7 @@ from adapters._sites.aside import generalise, set_aside
 from adapters._sites.graph import Graph
 from adapters._sites.map import SiteMap
 from adapters._sites.places import keyvalue_sites, stream_sites
-from adapters._sites.probe import Example, examples
+from adapters._sites.probe import Example, padded, probes
 from adapters._sites.roles import find_roles
 from adapters._sites.still import observed_attention, stand_ins, still, unadapted
 from adapters._sites.streams import find_branches
@@ -37,6 +39,19 @@ def sites(model: nn.Module, example: Example = None) -> SiteMap:
         return _sites(model, example)
 
 
+def example_inputs(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments of a tiny forward: the first of those made up for the probe that the model accepts."""
+    failure: Exception | None = None
+    for probe in probes(model, None):
+        try:
+            with still(model), padded(model), torch.no_grad():
+                model(**probe.kwargs)
+            return probe.kwargs
+        except Exception as error:  # whatever a stranger's forward may raise; it is passed on below
+            failure = failure or error
+    raise AdapterError(f"no tiny batch could be made up for {type(model).__name__}: {failure}; pass example=.")
+
+
 def _sites(model: nn.Module, example: Example) -> SiteMap:
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -46,13 +61,14 @@ def _sites(model: nn.Module, example: Example) -> SiteMap:
     roles = find_roles(graph, branches)
     aside = set_aside(graph, model, parameters, roles, branches)
     weights = weight_sites(graph, modules, parameters, roles, aside)
-    more, unreached = generalise(weights, graph, modules, parameters)
+    more, unreached, others = generalise(weights, graph, modules, parameters)
     return SiteMap(
         model=type(model).__name__,
         weights=(*weights, *more),
         streams=tuple(stream_sites(graph, branches)),
         keyvalues=tuple(keyvalue_sites(graph)),
         unreached=tuple(unreached),
+        others=tuple(others),
     )
 
 
@@ -60,11 +76,11 @@ def _run(
     model: nn.Module, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter], example: Example
 ) -> Graph:
     failure: Exception | None = None
-    for args, kwargs in examples(model, example):
-        tracer = Tracer(parameters, modules)
+    for probe in probes(model, example):
+        tracer = Tracer(parameters, modules, probe.rows)
         try:
-            with still(model), stand_ins(tracer), observed_attention(tracer):
-                return record(tracer, partial(model, *args, **kwargs))
+            with still(model), padded(model), stand_ins(tracer), observed_attention(tracer):
+                return record(tracer, partial(model, *probe.args, **probe.kwargs))
         except Exception as error:  # whatever a stranger's forward may raise; it is passed on below
             failure = failure or error
     raise AdapterError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
-from adapters._contract import Key
+from adapters._contract import NOWHERE, Key, Rows
 
 Slot: TypeAlias = Key | tuple[int | str, int]  # an argument, or an element of an argument that is a tuple
 
@@ -40,7 +40,11 @@ class Value:
 
 @dataclass(eq=False, slots=True)
 class Use:
-    """A product of an activation `x` with weights; `inner` is the storage axis it sums over, -1 or -2, if known."""
+    """A product of an activation `x` with weights, or a lookup of `x` in a table.
+
+    `inner` is the storage axis it sums over, -1 or -2, if known. `whole` says that the operand is the parameter as it
+    is stored. `rows` is the layout of the batch's rows in `x`.
+    """
 
     weights: frozenset[str]
     op: str
@@ -48,6 +52,8 @@ class Use:
     x: Value
     out: Value
     inner: int | None
+    whole: bool = True
+    rows: Rows = NOWHERE
 
     @property
     def index(self) -> int:
@@ -56,6 +62,10 @@ class Use:
     @property
     def linear(self) -> bool:
         return not self.op.startswith("conv")
+
+    @property
+    def lookup(self) -> bool:
+        return self.op == "embedding"
 
 
 @dataclass(eq=False, slots=True)
@@ -67,6 +77,7 @@ class Call:
     end: int = -1
     inputs: dict[Slot, Value] = field(default_factory=dict)
     outputs: dict[Key, Value] = field(default_factory=dict)
+    rows: dict[Key, Rows] = field(default_factory=dict)  # of the outputs
 
     def holds(self, index: int) -> bool:
         return self.start <= index < self.end
@@ -81,12 +92,15 @@ class Attention:
     value: Value
     path: str = ""
     causal: bool = True
+    rows: Rows = NOWHERE
 
 
 @dataclass(eq=False)
 class Graph:
     values: list[Value] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    lookups: list[Use] = field(default_factory=list)  # kept apart: what a table gives is where the stream starts
+    touched: set[str] = field(default_factory=set)  # parameters that anything at all was made from
     calls: list[Call] = field(default_factory=list)
     products: list[tuple[Value, tuple[Value, ...]]] = field(default_factory=list)  # of two activations
     attentions: list[Attention] = field(default_factory=list)
@@ -113,6 +127,14 @@ class Graph:
         """The uses of each weight, weights in order of first use."""
         found: dict[str, list[Use]] = defaultdict(list)
         for use in self.uses:
+            for weight in sorted(use.weights):
+                found[weight].append(use)
+        return found
+
+    @cached_property
+    def lookups_of(self) -> dict[str, list[Use]]:
+        found: dict[str, list[Use]] = defaultdict(list)
+        for use in self.lookups:
             for weight in sorted(use.weights):
                 found[weight].append(use)
         return found

@@ -8,19 +8,26 @@ from math import prod
 from typing import Any
 
 from adapters._contract import KeyValueSite, Site, StreamSite, WeightSite
+from adapters._errors import DamagedAdapter
 from adapters._sites.aside import Unreached
+from adapters._sites.record import site_of, site_record
 from adapters._sites.table import coverage_line, sections
 
 
 @dataclass(frozen=True)
 class SiteMap:
-    """Every place of a model where a method can act, in order of execution, and what is left out and why."""
+    """Every place of a model where a method can act, in order of execution, and what is left out and why.
+
+    `unreached` are weights that multiply activations, or would, but are no site; `others` all further parameters of two
+    or more dimensions: tables, masks, scales. Together with the sites they are all of the model's weights.
+    """
 
     model: str
     weights: tuple[WeightSite, ...] = ()
     streams: tuple[StreamSite, ...] = ()
     keyvalues: tuple[KeyValueSite, ...] = ()
     unreached: tuple[Unreached, ...] = ()
+    others: tuple[Unreached, ...] = ()
 
     def __iter__(self) -> Iterator[Site]:
         yield from self.weights
@@ -38,8 +45,8 @@ class SiteMap:
 
     @property
     def other_size(self) -> int:
-        """Parameters in weight sites that are adapted only when named."""
-        return sum(prod(site.shape) for site in self.weights if not site.default)
+        """Parameters in weight sites that are adapted only when named, tables left out: they multiply nothing."""
+        return sum(prod(site.shape) for site in self.weights if not site.default and site.role != "embedding")
 
     @property
     def unreached_size(self) -> int:
@@ -59,22 +66,28 @@ class SiteMap:
         """Plain JSON values, from which `from_dict` makes an equal map."""
         return {
             "model": self.model,
-            "weights": [{**asdict(site), "aliases": list(site.aliases)} for site in self.weights],
-            "streams": [asdict(site) for site in self.streams],
-            "keyvalues": [asdict(site) for site in self.keyvalues],
+            "weights": [site_record(site) for site in self.weights],
+            "streams": [site_record(site) for site in self.streams],
+            "keyvalues": [site_record(site) for site in self.keyvalues],
             "unreached": [asdict(left) for left in self.unreached],
+            "others": [asdict(left) for left in self.others],
         }
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> SiteMap:
-        return cls(
-            model=record["model"],
-            weights=tuple(WeightSite(**{**site, "aliases": tuple(site["aliases"])}) for site in record["weights"]),
-            streams=tuple(StreamSite(**site) for site in record["streams"]),
-            keyvalues=tuple(KeyValueSite(**site) for site in record["keyvalues"]),
-            unreached=tuple(Unreached(**left) for left in record["unreached"]),
-        )
+        """The map that `to_dict` wrote.
+
+        Raises:
+            DamagedAdapter: it holds something else than sites.
+        """
+        try:
+            sites = {kind: tuple(map(site_of, record[kind])) for kind in ("weights", "streams", "keyvalues")}
+            left = {kind: tuple(Unreached(**each) for each in record[kind]) for kind in ("unreached", "others")}
+            return cls(str(record["model"]), **sites, **left)  # type: ignore[arg-type]
+        except (KeyError, TypeError) as error:
+            raise DamagedAdapter(f"this is no site map: {error}.") from error
 
     def __str__(self) -> str:
         coverage = coverage_line(self.default_size, self.other_size, self.unreached_size)
-        return sections(self.model, self.weights, self.streams, self.keyvalues, self.unreached, coverage)
+        left = (*self.unreached, *self.others)
+        return sections(self.model, self.weights, self.streams, self.keyvalues, left, coverage)

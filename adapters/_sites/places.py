@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, cast
 
-from adapters._contract import Key, KeyValueSite, StreamSite
+from adapters._contract import NOWHERE, Key, KeyValueSite, StreamSite
 from adapters._sites.graph import Graph, Value, ancestors
 from adapters._sites.streams import Branch
 from adapters._sites.weights import block_of
@@ -30,6 +30,7 @@ def stream_sites(graph: Graph, branches: list[Branch]) -> list[StreamSite]:
                 tap=tap,
                 axis=axis,
                 block=block_of(branch.call.path),
+                rows=branch.call.rows.get(branch.key, NOWHERE),
             ),
         )
     return list(sites.values())
@@ -81,5 +82,6 @@ def keyvalue_sites(graph: Graph) -> list[KeyValueSite]:
     for a in graph.attentions:
         if a.path and len(a.key.shape) == 4:
             heads, k_dim, v_dim = a.key.shape[1], a.key.shape[-1], a.value.shape[-1]
-            sites.setdefault(a.path, KeyValueSite(a.path, heads, k_dim, v_dim, a.causal, block_of(a.path)))
+            site = KeyValueSite(a.path, heads, k_dim, v_dim, a.causal, block_of(a.path), rows=a.rows)
+            sites.setdefault(a.path, site)
     return list(sites.values())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters._dispatch import wrapping_attention
+from adapters._sites.rows import rows_of
 from adapters._sites.trace import Tracer
 
 # how attaching marks what it adds: the class a module had, and the children that hold adapters
@@ -114,7 +115,7 @@ def _observed(tracer: Tracer, attention: Callable[..., Any]) -> Callable[..., An
         causal = getattr(module, "is_causal", True) if causal is None else causal
         path = paths.get(id(module), "")
         first = out[0] if isinstance(out, tuple) else out
-        tracer.attended(path, bool(causal), operands, first)
+        tracer.attended(path, bool(causal), operands, rows_of(key, tracer.rows), first)
         return out
 
     return observed

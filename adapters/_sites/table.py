@@ -42,19 +42,21 @@ def aligned(rows: list[Row], indent: str = "  ") -> list[str]:
 
 def sections(
     model: str,
-    weights: tuple[WeightSite, ...],
+    sites: tuple[WeightSite, ...],
     streams: tuple[StreamSite, ...],
     keyvalues: tuple[KeyValueSite, ...],
-    unreached: tuple[Unreached, ...],
+    left: tuple[Unreached, ...],
     coverage: str,
 ) -> str:
     """The whole table; a section without rows is left out."""
+    weights = [site for site in sites if site.role != "embedding"]
     parts: dict[str, list[Row]] = {
         f"{model}: weights": [_weight_row(site) for site in weights if site.default],
         "weights adapted only when named": [(*_weight_row(site), site.reason) for site in weights if not site.default],
+        "tables adapted only when named": [_weight_row(site) for site in sites if site.role == "embedding"],
         "streams": [_stream_row(site) for site in streams],
         "keys and values": [_keyvalue_row(site) for site in keyvalues],
-        "no sites": [(left.path, f"{left.size:,}", left.reason) for left in unreached],
+        "no sites": [(each.path, f"{each.size:,}", each.reason) for each in left],
     }
     lines: list[str] = []
     for title, rows in parts.items():
@@ -67,7 +69,12 @@ def _weight_row(site: WeightSite) -> Row:
     experts = f"{site.experts} experts" if site.experts else ""
     stored = "transposed" if site.transposed else ""
     read = "read" if site.access == "read" else ""
-    notes = ", ".join(note for note in (experts, stored, read) if note)
+    folded = (
+        f"stored as {' x '.join(map(str, (site.n_in if site.transposed else site.n_out, *site.folded)))}"
+        if site.folded
+        else ""
+    )
+    notes = ", ".join(note for note in (experts, stored, folded, read) if note)
     path = site.path.removesuffix(".weight")
     return path, site.role, f"{site.n_in} -> {site.n_out}", notes
 

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from adapters._contract import Key
+from adapters._contract import Key, Rows
 from adapters._sites.graph import Attention, Call, Graph, Slot, Use, Value
 from adapters._sites.operands import PRODUCTS, inner_axis, operation, reverses, same_object
+from adapters._sites.rows import rows_of
 
 LOOKUPS = frozenset(
     {"embedding", "embedding_bag"}
@@ -24,9 +25,10 @@ LOOKUPS = frozenset(
 class Tracer(TorchFunctionMode):
     """Builds `graph` while active. `parameters` and `modules` map paths to what may become a site."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], modules: dict[str, nn.Module]) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], modules: dict[str, nn.Module], rows: int = 0) -> None:
         super().__init__()
         self.graph = Graph()
+        self.rows = rows  # of the probe's batch, where they are alike in the way that `rows_of` needs
         self.parameters, self.modules = parameters, modules
         self.stack: list[Call] = []
         # weak: keeping every activation of a large mixture of experts alive would cost gigabytes
@@ -45,6 +47,7 @@ class Tracer(TorchFunctionMode):
             return known
         path = self._weight_path(tensor)
         if path is not None:
+            self.graph.touched.add(path)
             return self._new("weight", (), tensor, frozenset([path]))
         return self._new("unknown", tuple(self.stack[-1].inputs.values()) if self.stack else (), tensor)
 
@@ -85,6 +88,8 @@ class Tracer(TorchFunctionMode):
             values = [self._made(op, parents, operands, tensor) for tensor in made]
             if op in PRODUCTS:
                 self._product(op, args, operands, parents, values[0])
+            elif op in LOOKUPS:
+                self._lookup(operands, parents, values[0])
         return result
 
     def _made(self, op: str, parents: tuple[Value, ...], operands: list[Tensor], tensor: Tensor) -> Value:
@@ -114,11 +119,29 @@ class Tracer(TorchFunctionMode):
             if axis is not None and parents[i].flipped:
                 axis = -3 - axis
             if matrices:
-                module = self.stack[-1].path if self.stack else ""
-                out.use = Use(matrices, op, module, light[-1], out, axis)
+                x = operands[len(parents) - 1 - parents[::-1].index(light[-1])]
+                out.use = Use(
+                    matrices, op, self._module, light[-1], out, axis, parents[i].op == "weight", self._rows(x, op)
+                )
                 self.graph.uses.append(out.use)
         elif len(light) >= 2 and light[-1].live and light[-2].live:
             self.graph.products.append((out, tuple(light[-2:])))
+
+    def _lookup(self, operands: list[Tensor], parents: tuple[Value, ...], out: Value) -> None:
+        tables = [(i, p) for i, p in enumerate(parents) if p.weights and operands[i].dim() == 2]
+        indices = [(i, p) for i, p in enumerate(parents) if not p.floating]
+        if tables and indices:
+            (i, x), (_, table) = indices[0], tables[0]
+            rows = rows_of(operands[i], self.rows, 0)
+            use = Use(table.weights, "embedding", self._module, x, out, None, table.op == "weight", rows)
+            self.graph.lookups.append(use)
+
+    @property
+    def _module(self) -> str:
+        return self.stack[-1].path if self.stack else ""
+
+    def _rows(self, x: Tensor, op: str) -> Rows:
+        return rows_of(x, self.rows, x.dim() - 1 if op.startswith("conv") else 1)
 
     def multiplied(self, path: str, weight: str, x: Tensor, out: Tensor) -> None:
         """Notes `out` as the product of `x` with a weight that torch functions never see: a quantised one."""
@@ -126,15 +149,16 @@ class Tracer(TorchFunctionMode):
         self.graph.values.append(matrix)
         source = self.value(x)
         value = self._new("linear", (source, matrix), out)
-        value.use = Use(frozenset([weight]), "linear", path, source, value, -1)
+        value.use = Use(frozenset([weight]), "linear", path, source, value, -1, True, self._rows(x, "linear"))
+        self.graph.touched.add(weight)
         self.graph.uses.append(value.use)
 
-    def attended(self, path: str, causal: bool, operands: tuple[Value, Value, Value], out: Tensor) -> None:
+    def attended(self, path: str, causal: bool, operands: tuple[Value, Value, Value], rows: Rows, out: Tensor) -> None:
         """Notes an attention that went through transformers' attention interface."""
         if out not in self._current:  # a kernel that torch functions do not see
             self._new("attention", operands, out)
         self.graph.products.append((self.value(out), operands))
-        self.graph.attentions.append(Attention(*operands, path, causal))
+        self.graph.attentions.append(Attention(*operands, path, causal, rows))
 
     def watch(self) -> list[RemovableHandle]:
         """Hooks every module; the caller removes the handles."""
@@ -162,6 +186,7 @@ class Tracer(TorchFunctionMode):
                 if tensor not in self._current:
                     self._new("opaque", tuple(call.inputs.values()), tensor)
                 call.outputs[key] = self.value(tensor)
+                call.rows[key] = rows_of(tensor, self.rows)
             call.end = len(self.graph.values)
             self.graph.calls.append(call)
 

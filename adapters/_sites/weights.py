@@ -5,15 +5,19 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from math import prod
+from typing import Any, Literal
 
 from torch import nn
 
 from adapters._contract import WeightSite
 from adapters._sites.graph import Graph, Use, Value
 from adapters._sites.operands import SUMS, VIEWS
+
+TABLE = "a table that is looked up in: name it to adapt it"
 
 
 def block_of(path: str) -> str:
@@ -34,63 +38,114 @@ def weight_sites(
     roles: Mapping[str, str],
     aside: Mapping[str, tuple[str, str]],
 ) -> list[WeightSite]:
-    """One site per weight in order of first use; `aside` gives role and reason of those outside the default."""
+    """One site per weight in order of first use, tables last; `aside` gives role and reason of those not default."""
     names: dict[int, list[str]] = defaultdict(list)
     for path, parameter in parameters.items():
         names[id(parameter)].append(path)
     sites = []
-    for weight, uses in graph.uses_of.items():
+    for weight, uses in _groups(graph):
         if weight not in parameters or obstacle(parameters[weight], uses):
             continue
         paths = names[id(parameters[weight])]
-        called = [p for p in paths if split(p)[0] == uses[0].module]
-        path = called[0] if called else weight
-        aliases = tuple(p for p in paths if p != path)
-        role, reason = aside.get(weight, (roles.get(weight, "other"), ""))
-        sites.append(_site(graph, modules, parameters[weight], path, aliases, uses, role, reason))
+        owners = {use.module for use in uses}
+        acting = [p for p in paths if split(p)[0] in owners] or [weight]
+        # a parameter under several paths is one site, but a table and the head that is tied to it act apart
+        met = {*graph.uses_of.get(weight, []), *graph.lookups_of.get(weight, [])}
+        apart = {use.module for use in met} - owners
+        aliases = tuple(p for p in paths if p != acting[0] and split(p)[0] not in apart)
+        role, reason = ("embedding", TABLE) if uses[0].lookup else aside.get(weight, (roles.get(weight, "other"), ""))
+        layout = _layout(modules, parameters[weight], acting[0], uses)
+        site = WeightSite(acting[0], *split(acting[0]), role, **layout, aliases=aliases, rows=uses[0].rows)
+        access: Literal["call", "read"] = "call" if _called(graph, modules, site, uses) else "read"
+        sites.append(replace(site, access=access, block=block_of(site.path), default=not reason, reason=reason))
     return sites
+
+
+def _groups(graph: Graph) -> Iterator[tuple[str, list[Use]]]:
+    """Each weight with its products, then each table with its lookups: a tied one is met twice, at its two owners.
+
+    One whose owner both looks up and multiplies has no two places to act at, and is met once.
+    """
+    for weight, uses in graph.uses_of.items():
+        lookups = graph.lookups_of.get(weight, [])
+        yield weight, uses + [each for each in lookups if each.module in {use.module for use in uses}]
+    for weight, lookups in graph.lookups_of.items():
+        apart = [each for each in lookups if each.module not in {use.module for use in graph.uses_of.get(weight, [])}]
+        if apart:
+            yield weight, apart
 
 
 def obstacle(parameter: nn.Parameter, uses: list[Use]) -> str:
     """Why a used weight is no site, or nothing."""
-    if not all(use.linear for use in uses):
-        return "a convolution, which methods do not act on"
-    if parameter.dim() > 3 or (parameter.dim() == 3 and any(use.inner is None for use in uses)):
+    kinds = {use.op for use in uses if not use.linear}
+    if any(op.startswith("conv_transpose") for op in kinds):
+        return "a transposed convolution, whose weight is no matrix over its outputs"
+    if kinds and len({use.op for use in uses}) > 1:
+        return "used as a convolution's kernel and in another way"
+    if any(use.lookup and not use.whole for use in uses):
+        return "a table that is changed before it is looked up in"
+    if (
+        parameter.dim() > 2
+        and not kinds
+        and _experts(parameter, uses) is None
+        and _folded_inner(parameter, uses) is None
+    ):
         return "multiplied in a layout that is neither a matrix nor a stack of experts"
     return ""
 
 
-def _site(
-    graph: Graph,
-    modules: Mapping[str, nn.Module],
-    parameter: nn.Parameter,
-    path: str,
-    aliases: tuple[str, ...],
-    uses: list[Use],
-    role: str,
-    reason: str,
-) -> WeightSite:
-    owner, name = split(path)
-    rows, columns = matrix(modules[owner], parameter)
-    inner = uses[0].inner if uses[0].inner is not None else (-1 if columns == uses[0].x.shape[-1] else -2)
+def _experts(parameter: nn.Parameter, uses: list[Use]) -> int | None:
+    """The number of matrices in a stack of them, each multiplied by itself."""
+    stacked = parameter.dim() == 3 and all(use.linear and use.inner is not None for use in uses)
+    return parameter.shape[0] if stacked else None
+
+
+def _folded_inner(parameter: nn.Parameter, uses: list[Use]) -> int | None:
+    """-2 where products sum over the first axis alone, -1 where they sum over all the others; None: neither.
+
+    The shapes of an einsum tell: `h` of `hnd` against `ibh`, or `nd` of `hnd` against `ibnd`.
+    """
+    first, rest = parameter.shape[0], tuple(parameter.shape[1:])
+    found = set()
+    for use in uses:
+        x, y = use.x.shape, use.out.shape
+        if use.op == "einsum" and x[-1:] == (first,) and y[-len(rest) :] == rest:
+            found.add(-2)
+        elif use.op == "einsum" and x[-len(rest) :] == rest and y[-1:] == (first,):
+            found.add(-1)
+        else:
+            return None
+    return found.pop() if len(found) == 1 else None
+
+
+def _layout(modules: Mapping[str, nn.Module], parameter: nn.Parameter, path: str, uses: list[Use]) -> dict[str, Any]:
+    """How the stored parameter is seen as `(n_out, n_in)`, or as a stack of such."""
+    use, experts = uses[0], _experts(parameter, uses)
+    rows, columns = matrix(modules[split(path)[0]], parameter)
+    folded: tuple[int, ...] = ()
+    if parameter.dim() > 2 and experts is None:
+        folded = tuple(parameter.shape[1:])
+        rows, columns = parameter.shape[0], prod(folded)
+    if use.lookup:
+        inner: int | None = -2
+    elif use.linear:
+        inner = _folded_inner(parameter, uses) if folded else use.inner
+    else:
+        inner = -1
+    if inner is None:
+        inner = -1 if columns == use.x.shape[-1] else -2
     n_out, n_in = (rows, columns) if inner == -1 else (columns, rows)
-    owners = {owner, *(split(alias)[0] for alias in aliases)}
-    called = parameter.dim() == 2 and all(use.module in owners and _plain(graph, use, n_in, n_out) for use in uses)
-    return WeightSite(
-        path=path,
-        owner=owner,
-        parameter=name,
-        role=role,
-        n_in=n_in,
-        n_out=n_out,
-        experts=parameter.shape[0] if parameter.dim() == 3 else None,
-        transposed=inner == -2,
-        access="call" if called and not read_by_parent(modules, owner) else "read",
-        block=block_of(path),
-        default=not reason,
-        reason=reason,
-        aliases=aliases,
+    return {"n_in": n_in, "n_out": n_out, "experts": experts, "transposed": inner == -2, "folded": folded}
+
+
+def _called(graph: Graph, modules: Mapping[str, nn.Module], site: WeightSite, uses: list[Use]) -> bool:
+    """Whether calling the owner is the product and nothing else, and nobody goes past the call."""
+    owners = {site.owner, *(split(alias)[0] for alias in site.aliases)}
+    plain = all(
+        use.linear and not use.lookup and use.module in owners and _plain(graph, use, site.n_in, site.n_out)
+        for use in uses
     )
+    return site.experts is None and not site.folded and plain and not read_by_parent(modules, site.owner)
 
 
 def matrix(module: nn.Module, parameter: nn.Parameter) -> tuple[int, int]:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor
 
-from adapters._contract import Key, KeyValueSite, Method, Site, StreamSite, WeightSite
+from adapters._contract import Method, Site
 from adapters._errors import AdapterError, DamagedAdapter
 from adapters._finite import finite
 from adapters._registry import get
 
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "adapter.json", "README.md"
 OWNED = (WEIGHTS, CONFIG, RECORD, CARD)
-KINDS: dict[str, type[WeightSite] | type[StreamSite] | type[KeyValueSite]] = {
-    site.kind: site for site in (WeightSite, StreamSite, KeyValueSite)
-}
 
 
 @dataclass(frozen=True)
@@ -44,40 +41,6 @@ def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not finite(tensor):
             raise DamagedAdapter(f"{where}: the tensor {key} holds values that are not finite.")
-
-
-def site_record(site: Site) -> dict[str, Any]:
-    """A site as JSON: its fields and its kind."""
-    return {"kind": site.kind, **vars(site)}
-
-
-def site_of(record: Any) -> Site:
-    """The site that `site_record` wrote.
-
-    Raises:
-        DamagedAdapter: a field is missing, unknown or of another type.
-    """
-    fields = dict(record) if isinstance(record, dict) else {}
-    cls = KINDS.get(fields.pop("kind", ""))
-    if cls is None or set(fields) != {f.name for f in dataclasses.fields(cls)}:
-        raise DamagedAdapter(f"{RECORD} describes a site that this version does not know.")
-    if "aliases" in fields:
-        fields["aliases"] = tuple(fields["aliases"]) if isinstance(fields["aliases"], list) else None
-    for f in dataclasses.fields(cls):
-        if not _fits(fields[f.name], str(f.type)):
-            raise DamagedAdapter(f"{RECORD}: the field {f.name} of a site is {fields[f.name]!r}, not {f.type}.")
-    return cls(**fields)
-
-
-def _fits(value: Any, annotation: str) -> bool:
-    if annotation.startswith("tuple"):
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    if annotation == "Key":
-        return isinstance(value, get_args(Key)) and not isinstance(value, bool)
-    if annotation.startswith("Literal"):
-        return isinstance(value, str) and repr(value) in annotation.replace('"', "'")
-    known = {"str": str, "int": int, "bool": bool, "None": type(None)}
-    return type(value) in [known[part] for part in annotation.split(" | ")]
 
 
 def method_record(method: Method) -> dict[str, Any]:

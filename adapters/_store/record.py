@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adapters._errors import DamagedAdapter
+from adapters._sites import site_of, site_record
 from adapters._store.bundle import (
     CONFIG,
     RECORD,
@@ -26,8 +27,6 @@ from adapters._store.bundle import (
     method_of,
     method_record,
     require_finite,
-    site_of,
-    site_record,
 )
 from adapters._store.commit import View
 

@@ -75,6 +75,9 @@ class LoRA(WeightMethod):
 
     def init(self, site: WeightSite, w: Weight) -> dict[str, Tensor]:
         lead = () if site.experts is None else (site.experts,)
+        if site.role == "embedding":  # x is one-hot, and 1 / sqrt(n_in) would be next to nothing: B is drawn instead
+            b = torch.empty(site.n_out, self.rank).uniform_(-1, 1) / math.sqrt(self.rank)
+            return {"a": torch.zeros(self.rank, site.n_in), "b": b}
         # A as torch initialises a Linear: uniform within 1 / sqrt(n_in); the paper leaves the variance open
         bound = 1 / math.sqrt(site.n_in)
         a = torch.empty(*lead, self.rank, site.n_in).uniform_(-bound, bound)

@@ -34,6 +34,10 @@ def build(pair: Pair) -> tuple[nn.Module, dict[str, Any]]:
     model = made.float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() <= 1 or parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+            if parameter.dim() <= 1 or _constant(parameter):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model, batch_for(pair, model)
+
+
+def _constant(parameter: nn.Parameter) -> bool:
+    return parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all())

@@ -63,7 +63,7 @@ def _method(
     except Exception as error:
         emit((label, "", "fail", _reason(error), 0.0))
         return
-    for number, law in enumerate(LAWS, 1):
+    for law in LAWS:
         if not laws or _number(law) in laws:
             emit((label, str(_number(law)), *_outcome(law, case)))
 

@@ -16,9 +16,7 @@ from tests.matrix.pairs import Pair
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDE, LAYERS = 64, 4, 2, 16, 128, 2
 VOCABULARY, POSITIONS, WINDOW = 128, 128, 64
-_GROUPED = frozenset(
-    """num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_query_groups""".split()
-)
+_GROUPED = ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads", "num_query_groups")
 _NAMES = (
     (
         HIDDEN,
@@ -74,7 +72,8 @@ _NAMES = (
     ),
     (
         WINDOW,
-        "sliding_window local_attention attention_chunk_size sliding_window_size attention_window_size attention_window",
+        """sliding_window local_attention attention_chunk_size sliding_window_size attention_window_size
+        attention_window""",
     ),
     # experts
     (4, "num_experts n_routed_experts num_local_experts moe_num_experts num_routed_experts"),
@@ -221,10 +220,9 @@ def _rotary(found: dict[str, Any], default: Any, known: set[str]) -> None:
         return
     dim = found.get("head_dim") or found.get("hidden_size", HIDDEN) // (found.get("num_attention_heads") or HEADS)
     changed = _fitted(rope, dim)
-    if changed != rope:
-        # the original length alone is derived from the configuration's own; the rest must be given whole
-        if _without(changed) != _without(rope):
-            found["rope_parameters"] = changed
+    # the original length alone is derived from the configuration's own; the rest must be given whole
+    if _without(changed) != _without(rope):
+        found["rope_parameters"] = changed
 
 
 def _fitted(rope: Any, dim: int) -> Any:
