@@ -30,7 +30,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefix": ("prefix", {"length": 3}),
     "loha": ("loha", {"rank": 3, "alpha": 200.0}),  # the plugin of tests/plugin, which only an entry point names
 }
-NOISE = {"ia3": 0.4}  # where l = 1 + 0.08 would change the outputs of bf16 less than rounding does
+NOISE = {"ia3": 1.0}  # scaling alone moves the outputs of bf16 little more than rounding does
 # attention written out by hand never reaches the attention interface, so a prefix is refused there
 REFUSED = {("odd", "prefix")}
 

@@ -149,9 +149,20 @@ def _grouped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return _times(func(_times(x, of_each(w.rows)), w.base, *args[2:], **kwargs), of_each(w.columns))
 
 
+def _looked_up(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """A table (n, m): row i is rows[i] * base[i] * columns."""
+    given = dict(zip(("input", "weight"), args, strict=False))
+    ids, w = given.get("input"), given.get("weight")
+    if not isinstance(w, ScaledWeight) or not isinstance(ids, Tensor) or kwargs.get("max_norm") is not None:
+        return None
+    y: Tensor = func(ids, w.base, *args[2:], **kwargs)
+    return _times(_times(y, w.columns), None if w.rows is None else w.rows[ids].unsqueeze(-1))
+
+
 _SHORTCUTS: dict[str, Callable[..., Tensor | None]] = {
     "linear": _linear,
     **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__", "__rmatmul__"), _product),
     **dict.fromkeys(("addmm", "baddbmm"), _added),
     "grouped_mm": _grouped,
+    "embedding": _looked_up,
 }

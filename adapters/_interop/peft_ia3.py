@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from adapters._contract import WeightSite
-from adapters._errors import AdapterError, DamagedAdapter
-from adapters._interop.folder import CONFIG, PREFIX, FromPeft, require_targets, trained_heads
+from adapters._errors import AdapterError
+from adapters._interop.folder import PREFIX, FromPeft, require_targets, trained_heads
 from adapters._interop.targets import shortest
 from adapters._sites import SiteMap
 from adapters.methods.ia3 import FEEDFORWARD, IA3
@@ -67,8 +67,5 @@ def read_ia3(config: Mapping[str, Any], tensors: dict[str, Tensor], model: nn.Mo
 def _is_feedforward(named: Any, owner: str) -> bool:
     """As PEFT decides: a list of endings, dot or no dot, or one regular expression."""
     if isinstance(named, str):
-        try:
-            return re.fullmatch(named, owner) is not None
-        except re.error as error:
-            raise DamagedAdapter(f"{CONFIG}: feedforward_modules is no regular expression: {error}.") from error
+        return re.fullmatch(named, owner) is not None
     return any(owner.endswith(str(name)) for name in named)

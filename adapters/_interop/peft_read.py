@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,7 +67,7 @@ def understand(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: 
     _refuse_options(config, neutral)
     try:
         return read(config, dict(tensors), model, sites)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, re.error) as error:
         raise DamagedAdapter(f"{CONFIG} lacks a field or holds one of another type: {error}.") from error
 
 

@@ -12,6 +12,7 @@ from adapters._contract import Scaled, Site, Tensors, Weight, WeightMethod, Weig
 from adapters._patterns import require_matches
 from adapters._registry import add
 from adapters._sites.select import matches
+from adapters.methods.lora import is_read
 
 KEYS_AND_VALUES = ("attention.key", "attention.value", "attention.kv", "attention.qkv")
 FEEDFORWARD = ("mlp.down", "ssm.out")
@@ -41,13 +42,19 @@ class IA3(WeightMethod):
 
     def review(self, sites: Sequence[Site]) -> tuple[str, ...]:
         require_matches("feedforward", [entry for entry in self.feedforward if entry not in FEEDFORWARD], sites)
-        return ()
+        read = [site.path for site in sites if is_read(site) and not self._scales_inputs(site)]
+        if not read:
+            return ()
+        return (f"{len(read)} sites keep their bias, if any, as their weight is read, not called, such as {read[0]}",)
 
     def init(self, site: WeightSite, w: Weight) -> dict[str, Tensor]:
         lead = () if site.experts is None else (site.experts,)
-        if any(matches(entry, site) for entry in self.feedforward):
+        if self._scales_inputs(site):
             return {"input": torch.ones(*lead, 1, site.n_in)}
         return {"output": torch.ones(*lead, site.n_out, 1)}
+
+    def _scales_inputs(self, site: Site) -> bool:
+        return any(matches(entry, site) for entry in self.feedforward)
 
     def weight(self, w: Tensor, p: Tensors) -> Tensor:
         return w * (p["input"] if "input" in p else p["output"])
