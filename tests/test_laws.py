@@ -30,6 +30,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefix": ("prefix", {"length": 3}),
     "loha": ("loha", {"rank": 3, "alpha": 200.0}),  # the plugin of tests/plugin, which only an entry point names
 }
+PRECISIONS = {"qlora": ("nf4",), "patterns": ("fp32", "nf4")}  # the layers of an nf4 base compute in bf16
 NOISE = {"ia3": 1.0}  # scaling alone moves the outputs of bf16 little more than rounding does
 # attention written out by hand never reaches the attention interface, so a prefix is refused there
 REFUSED = {("odd", "prefix")}
@@ -39,7 +40,7 @@ def cases() -> list[Any]:
     found = []
     for name in tiny.NAMES:
         for label, (method, options) in OPTIONS.items():
-            for precision in ("nf4",) if label == "qlora" else ("fp32", "bf16", "nf4"):
+            for precision in PRECISIONS.get(label, ("fp32", "bf16", "nf4")):
                 if (name, label) in REFUSED:
                     continue
                 dtype = torch.float32 if precision == "fp32" else torch.bfloat16
