@@ -353,3 +353,39 @@ def test_one_row_of_tensors_for_each_row_of_the_batch_is_each_by_itself(label: s
         found = method.delta(x, y, handle, together)
         for i, p in enumerate(each):
             assert relative(found[i], method.delta(x[i : i + 1], y[i : i + 1], handle, p)[0]) < 1e-9, site.path
+
+
+class TwoVectors(nn.Module):
+    """A linear layer with two biases, neither of which is called so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.first, self.second = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.first + self.second
+
+
+class Summed(nn.Module):
+    """A residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = TwoVectors(), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.last(self.layer(x).relu())
+
+
+@pytest.mark.parametrize(("method", "options"), [("dora", {}), ("ia3", {}), ("lora", {"bias": True})])
+def test_what_a_layer_adds_is_its_bias_whatever_it_is_called(method: str, options: dict[str, Any]) -> None:
+    model, x = Summed(), torch.randn(2, 3, 8)
+    expected = model(x)
+    adapters.attach(model, method, name="fr", targets="layer", example={"x": x}, **options)
+    assert torch.equal(model(x), expected)
+    shake(model, "fr", noise=0.5)
+    adapted = model(x)
+    assert relative(adapted, expected) > 1e-2
+    adapters.merge(model, "fr", example={"x": x})
+    assert relative(model(x), adapted) < CLOSE

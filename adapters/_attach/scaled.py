@@ -95,6 +95,13 @@ def _times(x: Tensor, scales: Tensor | None) -> Tensor:
     return x if scales is None else (x * scales).to(x.dtype)
 
 
+def _rescaled(y: Tensor, scales: Tensor | None, added: Tensor | None) -> Tensor:
+    """`scales * product + added`, from `y = product + added`: the sum comes out of one kernel, as the base's does."""
+    if scales is None or added is None:
+        return _times(y, scales)
+    return torch.addcmul(added - scales * added, y, scales).to(y.dtype)
+
+
 def _across(scales: Tensor | None) -> Tensor | None:
     """For the last dimension of what a weight, or each weight of a stack, is multiplied with."""
     return None if scales is None else scales.unsqueeze(-2)
@@ -110,8 +117,7 @@ def _linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     x, w, bias = given.get("input"), given.get("weight"), given.get("bias")
     if not isinstance(w, ScaledWeight) or not isinstance(x, Tensor):
         return None
-    y = _times(F.linear(_times(x, w.columns), w.base), w.rows)  # type: ignore[arg-type]
-    return y if bias is None else y + bias
+    return _rescaled(F.linear(_times(x, w.columns), w.base, bias), w.rows, bias)  # type: ignore[arg-type]
 
 
 def _product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -128,10 +134,10 @@ def _product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def _added(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """addmm or baddbmm with the scaled weight on the right: c + x w."""
-    if kwargs or len(args) != 3 or not isinstance(args[0], Tensor):
+    if kwargs or len(args) != 3 or not isinstance(args[2], ScaledWeight) or not isinstance(args[1], Tensor):
         return None
-    product = _product(torch.matmul, args[1:], {})
-    return None if product is None else args[0] + product
+    c, x, w = args
+    return _rescaled(func(c, _times(x, _across(w.rows)), w.base), _across(w.columns), c)
 
 
 def _grouped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

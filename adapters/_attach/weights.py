@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ class BaseWeight:
     shape: tuple[int, ...]
     stored_transposed: bool
     folded: tuple[int, ...] = ()  # the stored axes that are seen as one
-    added: str | None = None  # the owner's parameter that is its bias
+    added: tuple[str, ...] = ()  # the owner's parameters that it adds to the product
 
     @property
     def stored(self) -> nn.Parameter:
@@ -56,21 +57,25 @@ class BaseWeight:
         return matrix.reshape(-1, *self.folded) if self.folded else matrix
 
     def bias(self) -> Tensor | None:
-        return None if self.added is None else self.owner._parameters[self.added]
+        held = self.biases()
+        return sum(held[1:], start=held[0]) if held else None
+
+    def biases(self) -> list[Tensor]:
+        """The parameters whose sum is the bias: one of them, but for layers that few would write."""
+        return [cast(Tensor, self.owner._parameters[name]) for name in self.added]
 
 
 def base_weight(model: nn.Module, site: WeightSite) -> BaseWeight:
     """The handle of a site's weight."""
     owner = model.get_submodule(site.owner)
-    added = bias_name(owner, site) if site.access == "call" else None
+    added = added_by(owner, site) if site.access == "call" else ()
     return BaseWeight(owner, site.parameter, site.shape, site.transposed, site.folded, added)
 
 
-def bias_name(owner: nn.Module, site: WeightSite) -> str | None:
-    """What a called layer adds to its product: whatever it is called, there is nothing else that it computes with."""
+def added_by(owner: nn.Module, site: WeightSite) -> tuple[str, ...]:
+    """What a called layer adds to its product, whatever it is called: the layer computes with nothing else."""
     held = {name: p.shape for name, p in owner._parameters.items() if p is not None and name != site.parameter}
-    named = [name for name, shape in held.items() if shape == (site.n_out,)]
-    return "bias" if "bias" in named else next(iter(named), None)
+    return tuple(name for name, shape in held.items() if shape == (site.n_out,))
 
 
 def by_site(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -91,7 +96,7 @@ def bias_notes(model: nn.Module, method: Method, sites: Iterable[Site], tensors:
     without = [
         site.owner
         for site in called
-        if bias_name(model.get_submodule(site.owner), site) is None
+        if not added_by(model.get_submodule(site.owner), site)
         and method.at(site).offset(None, given[site.path]) is not None
     ]
     if not without:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapters._attach.weights import bias_name
-from adapters._contract import WeightSite
 from adapters._errors import AdapterError, DamagedAdapter
 from adapters._interop.folder import CONFIG, PREFIX, head_paths
 from adapters._interop.targets import base_modules
 
 
 def take_biases(
-    config: Mapping[str, Any], tensors: dict[str, Tensor], model: nn.Module, adapted: Mapping[str, WeightSite]
+    config: Mapping[str, Any], tensors: dict[str, Tensor], model: nn.Module, adapted: Collection[str]
 ) -> dict[str, Tensor]:
     """Takes the base's biases out of a file's `tensors`: what was trained at each adapted module, `b' - b` in fp32.
 
@@ -34,7 +32,7 @@ def take_biases(
         if any(owner == head or owner.startswith(f"{head}.") for head in heads):
             continue
         stored = tensors.pop(key)
-        base = _bias(modules.get(owner), adapted.get(owner))
+        base = _bias(modules.get(owner))
         if base is None or base.shape != stored.shape:
             raise AdapterError(f"the adapter trains the bias of {owner}, which has none of that size in this model.")
         if owner in adapted:
@@ -44,15 +42,12 @@ def take_biases(
                 f"{CONFIG} sets bias to {config['bias']!r}, and the file holds a trained bias of {owner}, which its "
                 "LoRA does not adapt: train with bias='lora_only', or name that module in target_modules."
             )
-    for owner, site in adapted.items():
-        if owner not in trained and _bias(modules[owner], site) is not None:
+    for owner in adapted:
+        if owner not in trained and _bias(modules[owner]) is not None:
             raise DamagedAdapter(f"{CONFIG} sets bias to {config['bias']!r}, and the file lacks the bias of {owner}.")
     return trained
 
 
-def _bias(module: nn.Module | None, site: WeightSite | None) -> Tensor | None:
-    if module is None:
-        return None
-    name = "bias" if site is None else bias_name(module, site)
-    held = module._parameters.get(name) if name is not None else None
+def _bias(module: nn.Module | None) -> Tensor | None:
+    held = None if module is None else module._parameters.get("bias")
     return None if held is None else held.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ def _with_biases(
     """The method with a bias, and in `found` the biases e of `b' = b + s e` that make the trained ones."""
     if not isinstance(method, LoRA):
         raise AdapterError("the file holds trained biases of the base beside DoRA's tensors, and DoRA has no bias.")
-    with_bias = LoRA(**{**vars(method), "bias": True})
+    with_bias = replace(method, bias=True)
     for owner, site in adapted.items():
         own, scale = found[owner].get("bias", torch.zeros(site.n_out)), with_bias.at(site).scale
         shift = shifts.get(owner, torch.zeros(site.n_out))

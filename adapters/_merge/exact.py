@@ -61,7 +61,8 @@ def _merged_bias(
         raise AdapterError(
             f"{adapter.name!r} trains a bias at {site.owner}, which has none, so it cannot be merged: keep it attached."
         )
-    path, stored = f"{site.owner}.{w.added}", offset.to(b.dtype)
+    rest = sum((other.float() for other in w.biases()[1:]), start=torch.zeros_like(offset))
+    path, stored = f"{site.owner}.{w.added[0]}", (offset - rest).to(b.dtype)
     _require_finite(adapter, path, stored)
     return {path: stored}
 

@@ -55,6 +55,8 @@ def merge(
 
     merged = merged_parameters(model, adapter)
     new, predicted = merged.new, merged.predicted
+    for bias in new.keys() - predicted.keys():
+        _check_tied(model, bias, (bias,))
     dtype = next(iter(new.values())).dtype
     computed = _computed_in(quantised)
     coarsest = max((dtype, computed), key=lambda each: torch.finfo(each).eps) if quantised else dtype
