@@ -68,6 +68,7 @@ class StreamSite:
 
     `branch` is "attention", "mlp" or "ssm". The branch's input is argument `input` of that module's call, or, where
     the module does not receive it (`input` None), the first argument of the module at `tap`, or unknown (both None).
+    `axis` and `input_axis` are the axes of features, -1, or 1 in pictures.
     """
 
     path: str
@@ -77,6 +78,7 @@ class StreamSite:
     input: Key = None
     tap: str | None = None
     axis: int = -1
+    input_axis: int = -1
     block: str = ""
     default: bool = True
     reason: str = ""

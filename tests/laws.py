@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import adapters
 from adapters._attach import adapters_of, base_parameters, base_weight, tensors_of
 from adapters._attach.weights import by_site
 from adapters._contract import KeyValueMethod, WeightMethod, WeightSite
+from adapters._quantize import is_quantized
 
 GRAD_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -152,16 +153,16 @@ def law_5_only_the_adapter_trains(case: Case, folder: Path) -> None:
     model = case.shaken()
     own = {id(tensor) for tensor in tensors_of(model, "fr").values()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == own
-    gradients(model, case)
+    gradients(model, case, train=True)
     assert all(p.grad is None for p in base_parameters(model).values())
-    routed = _routed_experts(model, case)
+    reached = _reached(case)
     for key, tensor in tensors_of(model, "fr").items():
+        hit = reached.get(key.rpartition(":")[0], torch.tensor([True]))
+        if not hit.any():
+            continue  # an expert that got no token
         assert tensor.grad is not None, key
-        if key.rpartition(":")[0] in routed:
-            hit = routed[key.rpartition(":")[0]]
-            assert (tensor.grad[hit].flatten(1).norm(dim=1) > 0).all(), key
-        else:
-            assert tensor.grad.norm() > 0, key
+        grad = tensor.grad[hit] if len(hit) > 1 else tensor.grad[None]
+        assert (grad.flatten(1).norm(dim=1) > 0).all(), key
 
 
 def law_6_checkpointing_gives_the_same_gradients(case: Case, folder: Path) -> None:
@@ -170,6 +171,8 @@ def law_6_checkpointing_gives_the_same_gradients(case: Case, folder: Path) -> No
         model = case.base()
         if not getattr(model, "supports_gradient_checkpointing", False):
             pytest.skip("the base has no gradient checkpointing")
+        if when == "reentrant" and not _reentrant_is_right(case):
+            continue
         if when == "before":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         case.attach(model)
@@ -178,8 +181,49 @@ def law_6_checkpointing_gives_the_same_gradients(case: Case, folder: Path) -> No
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": when == "reentrant"})
         found = gradients(model, case, train=True, backward=when)
         assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        for key, value in expected.items():
-            assert relative(found[key], value) <= GRAD_TOLERANCE[case.dtype], (when, key)
+        apart = [key for key, value in expected.items() if relative(found[key], value) > GRAD_TOLERANCE[case.dtype]]
+        if apart:
+            # in 16 bits a base may round otherwise when it recomputes: then no further from the truth than without
+            assert case.dtype != torch.float32, (when, apart[0])
+            truth = _joined(_true_gradients(case))
+            assert relative(_joined(found), truth) <= 1.1 * relative(_joined(expected), truth), (when, apart[0])
+
+
+def _joined(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[key].float().flatten() for key in sorted(tensors)])
+
+
+def _true_gradients(case: Case) -> dict[str, torch.Tensor]:
+    """The same gradients with every activation in fp32, without checkpointing."""
+    exact = replace(case, build=lambda: case.build().float(), dtype=torch.float32, inputs=_widened(case.inputs))
+    model, rounded = exact.shaken(), case.shaken()
+    with torch.no_grad():
+        for key, tensor in tensors_of(model, "fr").items():
+            tensor.copy_(tensors_of(rounded, "fr")[key])
+    return gradients(model, exact, train=True)
+
+
+def _widened(inputs: dict[str, Any]) -> dict[str, Any]:
+    wide = {key: x.float() for key, x in inputs.items() if torch.is_tensor(x) and x.is_floating_point()}
+    return {**inputs, **wide}
+
+
+def _reentrant_is_right(case: Case) -> bool:
+    """Whether the base by itself runs with reentrant checkpointing, and trains with the gradients it has without."""
+    grads = []
+    for reentrant in (False, True):
+        model = case.build().train().requires_grad_(True)
+        for table in [module for module in model.modules() if isinstance(module, nn.Embedding)]:
+            table.requires_grad_(False)  # as under an adapter: transformers then makes what they return require it
+        if reentrant:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        try:
+            projected(model, case).backward()
+        except RuntimeError:  # embeddings that are added to in place, states that layers hand on past their arguments
+            return False
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, again = grads
+    return set(plain) == set(again) and all(relative(again[name], grad) < 1e-3 for name, grad in plain.items())
 
 
 def law_7_saved_and_loaded_is_the_same(case: Case, folder: Path) -> None:
@@ -283,9 +327,7 @@ LAWS: list[Callable[[Case, Path], None]] = [value for key, value in sorted(globa
 def gradients(model: nn.Module, case: Case, train: bool = False, backward: str = "plain") -> dict[str, torch.Tensor]:
     """The gradients of the adapter's tensors for a fixed random projection of the outputs."""
     model.train(train)
-    result = main(model(**case.inputs))
-    direction = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result.dtype)
-    loss = (result * direction).float().sum()
+    loss = projected(model, case)
     if backward == "thread":
         worker = threading.Thread(target=loss.backward)
         worker.start()
@@ -305,23 +347,37 @@ def _can_merge(model: nn.Module) -> bool:
         return False
     tensors = by_site(tensors_of(model, "fr"))
     called = [site for site in adapter.sites if isinstance(site, WeightSite) and site.access == "call"]
-    without = [site for site in called if model.get_submodule(site.owner).bias is None]
+    without = [site for site in called if getattr(model.get_submodule(site.owner), "bias", None) is None]
     return all(adapter.method.at(site).offset(None, tensors[site.path]) is None for site in without)
 
 
-def _routed_experts(model: nn.Module, case: Case) -> dict[str, torch.Tensor]:
-    """For each fused weight the experts that this batch reached, from the router's own choice."""
-    found: dict[str, torch.Tensor] = {}
-    handles = []
+def projected(model: nn.Module, case: Case) -> torch.Tensor:
+    """A fixed random projection of the outputs, as a loss."""
+    result = main(model(**case.inputs))
+    direction = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result.dtype)
+    return (result * direction).float().sum()
+
+
+def _reached(case: Case) -> dict[str, torch.Tensor]:
+    """For each weight whether this batch reaches it, expert by expert: whether the base's own weight has a gradient.
+
+    Asked of the adapted model, whose shaken adapter changes which experts are chosen.
+    """
+    model = case.shaken().train()
+    base = base_parameters(model)
+    for parameter in base.values():
+        parameter.requires_grad_(parameter.is_floating_point() and not is_quantized(parameter))
+    projected(model, case).backward()
+    found = {}
     for site in adapters_of(model)["fr"].sites:
-        if isinstance(site, WeightSite) and site.experts:
-
-            def see(module: nn.Module, args: Any, kwargs: Any, path: str = site.path) -> None:
-                chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]
-                found[path] = chosen.unique()
-
-            handles.append(model.get_submodule(site.owner).register_forward_pre_hook(see, with_kwargs=True))
-    output(model, case.inputs)
-    for handle in handles:
-        handle.remove()
+        if isinstance(site, WeightSite) and base[_first(model, site.path)].requires_grad:
+            grad, lead = base[_first(model, site.path)].grad, 1 if site.experts is None else site.experts
+            found[site.path] = torch.zeros(lead).bool() if grad is None else grad.view(lead, -1).norm(dim=1) > 0
     return found
+
+
+def _first(model: nn.Module, path: str) -> str:
+    """The first of a parameter's names, under which `named_parameters` lists it."""
+    owner, _, name = path.rpartition(".")
+    wanted = model.get_submodule(owner)._parameters[name]
+    return next(known for known, parameter in model.named_parameters() if parameter is wanted)

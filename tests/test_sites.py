@@ -53,8 +53,8 @@ STREAMS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "gpt2": (("transformer.h.0.attn", 0, 0, None), ("transformer.h.0.mlp", None, 0, None)),
     "gpt_neox": (("gpt_neox.layers.0.attention", 0, 0, None), ("gpt_neox.layers.0.mlp", None, 0, None)),
     "bert": (
-        ("bert.encoder.layer.0.attention.output.dense", None, None, "bert.encoder.layer.0.attention.self.query"),
-        ("bert.encoder.layer.0.output.dense", None, None, "bert.encoder.layer.0.intermediate.dense"),
+        ("bert.encoder.layer.0.attention.output.dense", None, None, "bert.encoder.layer.0.attention.self"),
+        ("bert.encoder.layer.0.output.dense", None, None, "bert.encoder.layer.0.intermediate"),
     ),
     "modernbert": (("model.layers.0.attn", 0, 0, None), ("model.layers.0.mlp", None, 0, None)),
     "qwen3_moe": (("model.layers.0.self_attn", 0, "hidden_states", None), ("model.layers.0.mlp", None, 0, None)),

@@ -163,7 +163,7 @@ class Stream(Entry):
         y: Tensor = output if site.output is None else output[site.output]
         x = self._input(site, args, kwargs) if method.reads_input() else None
         dtype = y.dtype
-        x, seen = (None if x is None else _last(x, site.axis)), _last(y, site.axis)
+        x, seen = (None if x is None else _last(x, site.input_axis)), _last(y, site.axis)
         if x is not None and x.shape != seen.shape:
             x = x.reshape(seen.shape)
         cast_p = {name: tensor.to(dtype) for name, tensor in p.items()}

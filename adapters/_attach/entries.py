@@ -22,7 +22,7 @@ from adapters._attach.container import (
     Stream,
 )
 from adapters._attach.state import FACES, STATE, Adapter, State
-from adapters._attach.swap import CALL, HOLD, INPUT, READ, TAP, TAPPED_BY, add_faces, base_class, strip
+from adapters._attach.swap import CALL, HOLD, READ, SCALED, TAP, TAPPED_BY, add_faces, base_class, strip
 from adapters._attach.weights import base_weight, by_site
 from adapters._contract import (
     KeyValueMethod,
@@ -148,7 +148,7 @@ def _fits(stored: Tensor, site: WeightSite) -> bool:
 def _face(path: str, site: WeightSite, entry: nn.Module) -> str:
     if site.access == "read":
         return READ + path.rpartition(".")[2]
-    return INPUT if isinstance(entry, ScaledInput) else CALL
+    return SCALED if isinstance(entry, ScaledInput) else CALL
 
 
 def _replica(model: nn.Module, path: str, given: Mapping[str, Tensor]) -> Replica:

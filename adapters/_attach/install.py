@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from adapters._attach import injection
 from adapters._attach.container import Container
 from adapters._attach.entries import adapter_tensors, drop_slot, make_entries, place
+from adapters._attach.inputs import input_embeddings
 from adapters._attach.state import ENTER, FACES, STATE, Adapter, State, state_of, unwrapped
-from adapters._attach.swap import CHECKPOINT, PREPARE, add_faces, strip
+from adapters._attach.swap import CHECKPOINT, INPUT, PREPARE, add_faces, strip
 from adapters._contract import KeyValueMethod, Method, Site
 from adapters._errors import AdapterError
 from adapters._heads import base_model
@@ -161,6 +162,9 @@ def _enter(model: nn.Module, state: State) -> None:
     below = base_model(model)
     if below is not None and below is not model:
         add_faces(below, state, PREPARE)
+        state.base_path = next(f"{path}." for path, module in model.named_modules() if module is below)
+    for module in list(input_embeddings(model)):
+        add_faces(module, state, INPUT)
     for module in list(model.modules()):
         # a data descriptor outlives `gradient_checkpointing_enable()`, which sets the function anew on every module
         if hasattr(module, "gradient_checkpointing"):

@@ -64,10 +64,14 @@ def _add(y: Tensor, inner: Tensor, left: Tensor, shift: Tensor | None, inplace: 
         wide = torch.mm(inner, out) if shift is None else torch.addmm(shift.to(inner.dtype), inner, out)
         change = wide.to(y.dtype).view(y.shape)
         return y.add_(change) if inplace else y + change
-    rows = _rows(y).addmm_(inner, out) if inplace else torch.addmm(_rows(y), inner, out)
-    if shift is not None:
-        rows += shift.to(y.dtype)
-    return y if inplace else rows.view(y.shape)
+    if inplace:
+        made = y
+        _rows(y).addmm_(inner, out)
+    else:
+        # no view: models add to what a layer returned in place
+        made = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+        torch.addmm(_rows(y), inner, out, out=_rows(made))
+    return made if shift is None else made.add_(shift.to(y.dtype))
 
 
 def _rows(x: Tensor) -> Tensor:

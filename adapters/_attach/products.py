@@ -24,6 +24,13 @@ def _named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     return dict(zip(names, args, strict=False)) | kwargs
 
 
+def _times(x: Tensor, a: Tensor) -> Tensor:
+    """x @ a, of a matrix on two axes: torch folds the rows of `x`, and rounds, by whether `a` requires a gradient."""
+    if a.dim() > 2:
+        return x @ a
+    return (x.reshape(-1, x.shape[-1]) @ a).view(*x.shape[:-1], a.shape[-1])
+
+
 @_shortcut("linear")
 def _linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """x (..., m), w (n, m): y = x w^T + s (x right^T) left^T."""
@@ -32,7 +39,7 @@ def _linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     if not isinstance(w, Factored) or not isinstance(x, Tensor) or w.kernel:
         return None
     y: Tensor = F.linear(x, w.base, bias)
-    delta: Tensor = (w.dropped(x, w.right.dtype) @ w.right.mT) @ w.left.mT
+    delta = _times(_times(w.dropped(x, w.right.dtype), w.right.mT), w.left.mT)
     return y + w.scale * delta.to(y.dtype)
 
 
@@ -44,10 +51,11 @@ def _product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     a, b = reversed(args) if getattr(func, "__name__", "") == "__rmatmul__" else args
     if isinstance(b, Factored) and isinstance(a, Tensor):
         y: Tensor = torch.matmul(a, b.base)
-        return y + b.scale * ((b.dropped(a, b.left.dtype) @ b.left) @ b.right).to(y.dtype)
+        return y + b.scale * _times(_times(b.dropped(a, b.left.dtype), b.left), b.right).to(y.dtype)
     if isinstance(a, Factored) and isinstance(b, Tensor):
         y = torch.matmul(a.base, b)
-        return y + a.scale * (a.left @ (a.right @ a.dropped(b, a.left.dtype))).to(y.dtype)
+        inner = _times(a.dropped(b, a.left.dtype).mT, a.right.mT)
+        return y + a.scale * _times(inner, a.left.mT).mT.to(y.dtype)
     return None
 
 
@@ -61,7 +69,7 @@ def _added(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     if w.kernel:
         return None
     y: Tensor = func(c, x, w.base)
-    delta: Tensor = (w.dropped(x, w.left.dtype) @ w.left) @ w.right
+    delta = _times(_times(w.dropped(x, w.left.dtype), w.left), w.right)
     return y + w.scale * delta.to(y.dtype)
 
 

@@ -48,6 +48,8 @@ class State:
     active: Selection = ()
     compiled: Selection | None = None  # what `using` chose, for compiled code, which cannot follow context variables
     required_grad: dict[str, bool] = field(default_factory=dict)  # of the base's parameters, before the first attach
+    base_path: str = ""  # of the base model below the heads, with a dot at its end
+    inputs_require_grad: bool = False  # of the base, so that gradients reach the adapters at all
     made: int = 0  # slots made so far; a slot is never used twice
 
     def new_slot(self) -> str:

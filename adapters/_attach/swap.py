@@ -14,14 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach.container import CHILD, Container, ScaledInput
-from adapters._attach.state import ENTER, FACES, STATE, State, carrying, holding, put_tap, running, selection
+from adapters._attach.inputs import input_call, is_cut_off
+from adapters._attach.state import (
+    ENTER,
+    FACES,
+    STATE,
+    Selection,
+    State,
+    carrying,
+    holding,
+    put_tap,
+    running,
+    selection,
+)
 
 BASE = "_adapter_base_class"
 # faces: what a subclass adds, beside ENTER
 PREPARE = "prepare"  # the base model below the root's heads, which may be called by itself
 CALL = "call"
-INPUT = "input"  # a call whose input is scaled
+SCALED = "scaled"  # a call whose input is scaled
 TAP = "tap"
+INPUT = "input"  # input embeddings
 CHECKPOINT = "checkpoint"
 TAPPED_BY = "_adapter_tapped_by"  # in a tapped module's __dict__: the slots that read its input
 HOLD = "hold"  # holds tensors that others use
@@ -42,8 +55,10 @@ def adapted_class(base: Any, faces: frozenset[str]) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "__reduce_ex__": lambda self, protocol: (_restore, (base, faces), self.__dict__),
     }
-    if {CALL, INPUT, TAP} & faces:
-        space["__call__"] = _site_call(_scaling_call(base) if INPUT in faces else base.__call__, TAP in faces)
+    if {CALL, SCALED, TAP} & faces:
+        space["__call__"] = _site_call(_scaling_call(base) if SCALED in faces else base.__call__, TAP in faces)
+    if INPUT in faces:
+        space["__call__"] = input_call(space.get("__call__", base.__call__))
     if ENTER in faces or PREPARE in faces:
         space["__call__"] = _root_call(space.get("__call__", base.__call__), ENTER in faces)
     if ENTER in faces:
@@ -136,9 +151,20 @@ def _root_call(inner: Callable[..., Any], root: bool) -> Callable[..., Any]:
         with holding(state, acting), running(state) as outermost:
             if acting and outermost:
                 args, kwargs = _prepared(self, state, args, kwargs)
-            return inner(self, *args, **kwargs)
+            result = inner(self, *args, **kwargs)
+            if (outermost or not root) and _needs_input_grads(state, acting, result, "" if root else state.base_path):
+                state.inputs_require_grad = True
+                result = inner(self, *args, **kwargs)
+            return result
 
     return __call__
+
+
+def _needs_input_grads(state: State, acting: Selection, result: Any, part: str) -> bool:
+    """Whether what should train is cut off from the adapters inside `part`: it is run again, once in a model's life."""
+    if state.inputs_require_grad or not torch.is_grad_enabled() or not is_cut_off(result):
+        return False
+    return any(adapter.trainable and any(site.path.startswith(part) for site in adapter.sites) for adapter in acting)
 
 
 def _prepared(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

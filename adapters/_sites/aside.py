@@ -18,8 +18,9 @@ _TIED = "tied to an embedding; a change would also change the embedding"
 _HEAD = "a head: it follows the last residual stream"
 _OUTSIDE = "a head: it lies outside the base model"
 _ROUTER = "chooses or weighs experts; adapting it changes the routing"
-_NO_GRADIENT = "its output only selects, so its weight gets no gradient"
+NO_GRADIENT = "its output only selects, so its weight gets no gradient"
 _BESIDE = "a convolution beside linear weights: name it to adapt it"
+_LINEAR = "adds a linear function of the stream beside the feed-forward: name it to adapt it"
 _UNMULTIPLIED = "multiplies no activations: it is added, scaled or compared"
 _UNCALLED = "the probe did not reach it"
 _MULTIPLY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -65,10 +66,27 @@ def set_aside(
             return role, _ROUTER
         if weight in beside:
             return role, _BESIDE
-        return None if any(use.index in trained for use in uses) else (role, _NO_GRADIENT)
+        return None if any(use.index in trained for use in uses) else (role, NO_GRADIENT)
 
     verdicts = {w: verdict(w, uses) for w, uses in graph.uses_of.items() if w in parameters}
     return {weight: found for weight, found in verdicts.items() if found is not None}
+
+
+def branch_aside(
+    branch: Branch, *, branches: list[Branch], trained: set[int], aside: Mapping[str, tuple[str, str]], inside: set[str]
+) -> str:
+    """Why nothing acts on what a branch adds unless it is named, or nothing; `inside` are the base model's modules."""
+    if inside and branch.call.path not in inside:
+        return _OUTSIDE
+    if branch.returned.index not in trained:
+        return NO_GRADIENT
+    weights = {weight for use in branch.uses for weight in use.weights}
+    if all(aside.get(weight, ("", ""))[1] == _ROUTER for weight in weights):
+        return _ROUTER
+    beside = [b for b in branches if b.kind == "mlp" and block_of(b.call.path) == block_of(branch.call.path)]
+    if branch.kind == "mlp" and not branch.curved and any(other.curved for other in beside):
+        return _LINEAR
+    return ""
 
 
 def _convolutions_beside(graph: Graph, branches: list[Branch], after: set[str]) -> set[str]:

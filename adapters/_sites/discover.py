@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from adapters._errors import AdapterError
-from adapters._sites.aside import generalise, set_aside
+from adapters._heads import base_model
+from adapters._sites.aside import branch_aside, differentiable, generalise, set_aside
+from adapters._sites.attention import written_out
 from adapters._sites.graph import Graph
 from adapters._sites.map import SiteMap
 from adapters._sites.places import keyvalue_sites, stream_sites
@@ -56,17 +58,27 @@ def _sites(model: nn.Module, example: Example) -> SiteMap:
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     graph = _run(model, modules, parameters, example)
-    branches = find_branches(graph, modules)
+    graph.written.extend(written_out(graph))
+    branches, loose = find_branches(graph, modules)
     branches += unbranched(graph, modules, branches)
-    roles = find_roles(graph, branches)
+    roles = find_roles(graph, [*branches, *loose])
     aside = set_aside(graph, model, parameters, roles, branches)
     weights = weight_sites(graph, modules, parameters, roles, aside)
+    trained, base = differentiable(graph.results), base_model(model)
+    below = set(base.modules()) if base is not None else set()
+    reason = partial(
+        branch_aside,
+        branches=branches,
+        trained=trained,
+        aside=aside,
+        inside={path for path, module in modules.items() if module in below},
+    )
     more, unreached, others = generalise(weights, graph, modules, parameters)
     return SiteMap(
         model=type(model).__name__,
         weights=(*weights, *more),
-        streams=tuple(stream_sites(graph, branches)),
-        keyvalues=tuple(keyvalue_sites(graph)),
+        streams=tuple(stream_sites(graph, branches, reason)),
+        keyvalues=tuple(keyvalue_sites(graph, trained)),
         unreached=tuple(unreached),
         others=tuple(others),
     )

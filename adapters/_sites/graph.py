@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,6 +55,7 @@ class Use:
     inner: int | None
     whole: bool = True
     rows: Rows = NOWHERE
+    spread: bool = False  # a convolution whose kernel covers more than one position
 
     @property
     def index(self) -> int:
@@ -95,6 +97,21 @@ class Attention:
     rows: Rows = NOWHERE
 
 
+@dataclass(eq=False, slots=True)
+class WrittenOut:
+    """An attention in a model's own code: `out` = f(`scores`) times `value`, `scores` = `query` times `key`.
+
+    f is a softmax, or something else.
+    """
+
+    query: Value
+    key: Value
+    value: Value
+    scores: Value
+    out: Value
+    softmax: bool
+
+
 @dataclass(eq=False)
 class Graph:
     values: list[Value] = field(default_factory=list)
@@ -104,6 +121,7 @@ class Graph:
     calls: list[Call] = field(default_factory=list)
     products: list[tuple[Value, tuple[Value, ...]]] = field(default_factory=list)  # of two activations
     attentions: list[Attention] = field(default_factory=list)
+    written: list[WrittenOut] = field(default_factory=list)
     results: list[Value] = field(default_factory=list)  # what the model returned
 
     @cached_property
@@ -114,6 +132,24 @@ class Graph:
             for key, value in call.outputs.items():
                 found[value.index].append((call, key))
         return found
+
+    @cached_property
+    def _in_order(self) -> tuple[list[Call], list[int]]:
+        calls = sorted(self.calls, key=lambda call: (call.start, -call.end))
+        return calls, [call.start for call in calls]
+
+    def calls_between(self, first: int, last: int) -> list[Call]:
+        """The calls that start at an index from `first` to `last`, an outer one before those inside it."""
+        calls, starts = self._in_order
+        return calls[bisect_left(starts, first) : bisect_right(starts, last)]
+
+    def around(self, value: Value) -> Call:
+        """The innermost call in which a value was made; one without a path is the model's own."""
+        calls, starts = self._in_order
+        for call in reversed(calls[: bisect_right(starts, value.index)]):
+            if call.holds(value.index):
+                return call
+        return Call("", 0, len(self.values))
 
     @cached_property
     def calls_of(self) -> dict[str, list[Call]]:
@@ -138,6 +174,20 @@ class Graph:
             for weight in sorted(use.weights):
                 found[weight].append(use)
         return found
+
+    @cached_property
+    def slices(self) -> Counter[int]:
+        """How often a value was indexed to one of a dimension less, by the value's index."""
+        return Counter(
+            value.parents[0].index
+            for value in self.values
+            if value.op in ("__getitem__", "select") and len(value.shape) == len(value.parents[0].shape) - 1
+        )
+
+    @cached_property
+    def softmax_attentions(self) -> frozenset[int]:
+        """Indices of the results of attentions that are written out with a softmax."""
+        return frozenset(each.out.index for each in self.written if each.softmax)
 
     @cached_property
     def mixers(self) -> frozenset[int]:

@@ -25,6 +25,8 @@ CURVES = _words(
     "silu gelu relu relu_ relu6 sigmoid tanh softplus exp erf pow __pow__ square mish elu celu selu leaky_relu prelu "
     "hardswish hardsigmoid hardtanh logsigmoid softmax threshold xielu"
 )
+SOFTMAXES = _words("softmax log_softmax exp")  # hashing attention normalises by hand
+PICKS = _words("__getitem__ index_select gather take_along_dim index")
 CHOICES = _words("topk argmax sort argsort kthvalue multinomial")
 TOKEN_MIXES = _words("conv1d cumsum fft fft2 fftn rfft avg_pool2d roll segsum")
 _TRANSPOSES = _words("t transpose swapaxes swapdims permute movedim adjoint __get__ numpy_T")

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import prod
 from typing import Literal, cast
 
 from adapters._contract import NOWHERE, Key, KeyValueSite, StreamSite
+from adapters._sites.aside import NO_GRADIENT
 from adapters._sites.graph import Graph, Value, ancestors
 from adapters._sites.streams import Branch
 from adapters._sites.weights import block_of
 
 
-def stream_sites(graph: Graph, branches: list[Branch]) -> list[StreamSite]:
-    """One site per module output, though the module be called several times."""
+def stream_sites(graph: Graph, branches: list[Branch], aside: Callable[[Branch], str]) -> list[StreamSite]:
+    """One site per module output, though the module be called several times; `aside` says why one is not default."""
     sites: dict[tuple[str, Key], StreamSite] = {}
     for branch in branches:
-        axis = _axis(branch)
-        slot = _input(branch)
-        tap = _tap(graph, branch) if slot is None else None
-        if slot is None and tap is None:
-            slot = _argument(branch)
-        sites.setdefault(
-            (branch.call.path, branch.key),
-            StreamSite(
-                path=branch.call.path,
-                branch=cast(Literal["attention", "mlp", "ssm"], branch.kind),
-                width=branch.returned.shape[axis],
-                output=branch.key,
-                input=slot,
-                tap=tap,
-                axis=axis,
-                block=block_of(branch.call.path),
-                rows=branch.call.rows.get(branch.key, NOWHERE),
-            ),
+        reason, axis = aside(branch), _axis(branch)
+        slot, tap, input_axis = _input(graph, branch)
+        site = StreamSite(
+            path=branch.call.path,
+            branch=cast(Literal["attention", "mlp", "ssm"], branch.kind),
+            width=branch.returned.shape[axis],
+            output=branch.key,
+            input=slot,
+            tap=tap,
+            axis=axis,
+            input_axis=input_axis,
+            block=block_of(branch.call.path),
+            default=not reason,
+            reason=reason,
+            rows=branch.call.rows.get(branch.key, NOWHERE),
         )
+        sites.setdefault((site.path, site.output), site)
     return list(sites.values())
 
 
@@ -42,19 +43,46 @@ def _axis(branch: Branch) -> int:
     return 1 if image and last.out.shape[1] == branch.returned.shape[1] else -1
 
 
-def _starts(branch: Branch, value: Value) -> bool:
-    """Whether `value` is what the branch starts from: the stream, or made from it without any weight site."""
-    if value.shape != branch.returned.shape or value.index not in branch.inside:
-        return False
+def _starts(branch: Branch, value: Value) -> int | None:
+    """Where the features are in `value`, if it is what the branch starts from, without any weight in between."""
+    if value.index not in branch.inside or prod(value.shape) != prod(branch.returned.shape):
+        return None
     before = ancestors(value, branch.stream.index + 1)
-    return not any(v.use is not None for v in before.values())
+    if any(v.use is not None for v in before.values()):
+        return None
+    axis, expected = _axis(branch), _moved(branch.returned.shape, _axis(branch))
+    flat = branch.call.rows.get(branch.key, NOWHERE).layout == "flattened"
+    if flat and axis == -1 and len(value.shape) > 2 and value.shape[-1] == expected[-1]:
+        return -1  # the sub-block returns its rows and tokens as one axis
+    # the features may be elsewhere, but all other axes are in the same order
+    return next((each for each in (axis, -1, 1) if _moved(value.shape, each) == expected), None)
 
 
-def _input(branch: Branch) -> Key:
+def _moved(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    at = axis % len(shape)
+    return (*shape[:at], *shape[at + 1 :], shape[at])
+
+
+def _input(graph: Graph, branch: Branch) -> tuple[Key, str | None, int]:
+    """Where the branch's input is found: an argument of the site's own call, or the first one of an earlier module's.
+
+    An earlier module is the outermost that is called with it, inside the same block and over before the site's call.
+    """
     for slot, value in branch.call.inputs.items():
-        if not isinstance(slot, tuple) and _starts(branch, value):
-            return slot
-    return None
+        axis = None if isinstance(slot, tuple) else _starts(branch, value)
+        if axis is not None and not isinstance(slot, tuple):
+            return slot, None, axis
+    slot = _argument(branch)
+    if slot is not None:
+        return slot, None, _axis(branch)
+    block, sites = block_of(branch.call.path), [use.index for use in branch.sites]
+    for call in graph.calls_between(branch.stream.index, branch.call.start):
+        over = call.end <= branch.call.start or call is branch.call
+        if over and 0 in call.inputs and block_of(call.path) == block and any(map(call.holds, sites)):
+            axis = _starts(branch, call.inputs[0])
+            if axis is not None:
+                return None, call.path, axis
+    return None, None, _axis(branch)
 
 
 def _argument(branch: Branch) -> Key:
@@ -67,21 +95,15 @@ def _argument(branch: Branch) -> Key:
     return None
 
 
-def _tap(graph: Graph, branch: Branch) -> str | None:
-    """The first module of the branch that is given its input as first argument and holds a weight site."""
-    for use in branch.sites:
-        for call in graph.calls_of.get(use.module, []):
-            if call.holds(use.index) and 0 in call.inputs and _starts(branch, call.inputs[0]):
-                return call.path
-    return None
-
-
-def keyvalue_sites(graph: Graph) -> list[KeyValueSite]:
+def keyvalue_sites(graph: Graph, trained: set[int]) -> list[KeyValueSite]:
     """Attentions that went through transformers' interface, which is where a prefix can be prepended."""
     sites: dict[str, KeyValueSite] = {}
     for a in graph.attentions:
         if a.path and len(a.key.shape) == 4:
             heads, k_dim, v_dim = a.key.shape[1], a.key.shape[-1], a.value.shape[-1]
-            site = KeyValueSite(a.path, heads, k_dim, v_dim, a.causal, block_of(a.path), rows=a.rows)
+            reason = "" if a.query.index in trained else NO_GRADIENT
+            site = KeyValueSite(
+                a.path, heads, k_dim, v_dim, a.causal, block_of(a.path), not reason, reason, rows=a.rows
+            )
             sites.setdefault(a.path, site)
     return list(sites.values())

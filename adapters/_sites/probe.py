@@ -45,9 +45,11 @@ def probes(model: nn.Module, example: Example) -> Iterator[Probe]:
             yield alike
         yield Probe(args, kwargs)
         return
+    books = _setting(model, "num_codebooks")  # audio decoders take a row of ids per codebook
+    many = COUNT * books if isinstance(books, int) else COUNT
     # classifiers without a way to pad take a single row; multiple choice takes three axes
-    for rows, choices in ((COUNT, 0), (1, 0), (COUNT, CHOICES)):
-        yield Probe((), {**quiet, **_invented(model, set(names), rows, choices)}, rows if rows == COUNT else 0)
+    for rows, choices in ((COUNT, 0), (1, 0), (COUNT, CHOICES), (many, 0)):
+        yield Probe((), {**quiet, **_invented(model, set(names), rows, choices)}, COUNT if rows >= COUNT else 0)
 
 
 @contextmanager
@@ -110,7 +112,7 @@ def _invented(model: nn.Module, names: set[str], rows: int, choices: int) -> dic
     if "decoder_input_ids" in names and _two_towers(model):
         made["decoder_input_ids"] = ids  # of full length: classifiers mask the decoder's states by the input's ids
     if "bbox" in names:
-        made["bbox"] = torch.tensor([1, 1, 3, 3], device=device).expand(*ids.shape, 4).clone()
+        made["bbox"] = _boxes(ids)
     return made
 
 
@@ -136,7 +138,7 @@ def _ids(model: nn.Module, rows: int) -> Tensor:
     span = max(1, min(int(vocabulary), 1000) - 5) if isinstance(vocabulary, int) else 90
     two = 5 + (torch.arange(2 * TOKENS) * 7) % span if span > 1 else torch.zeros(2 * TOKENS)
     two = two.long().view(2, TOKENS)
-    ids = torch.stack([two[1 if row == OTHER else 0] for row in range(rows)])
+    ids = _alike(two, rows)
     end = _setting(model, "eos_token_id")
     if isinstance(end, int) and _two_towers(model):
         ids[:, -1] = end  # sequence classifiers of this kind read the state at the end token
@@ -149,8 +151,21 @@ def _pixels(model: nn.Module, rows: int) -> Tensor:
     sides = [side if isinstance(side, int) else 64 for side in (height, width)]
     channels = _setting(model, "num_channels")
     count = 2 * (channels if isinstance(channels, int) else 3) * sides[0] * sides[1]
-    two = torch.linspace(-1.0, 1.0, count).view(2, -1, *sides)
-    return torch.stack([two[1 if row == OTHER else 0] for row in range(rows)])
+    noise = torch.sin(torch.arange(count, dtype=torch.float64) ** 2).float()  # no picture that a norm could level
+    return _alike(noise.view(2, -1, *sides), rows)
+
+
+def _boxes(ids: Tensor) -> Tensor:
+    """A box per token, (..., 4): those of the odd row out are others."""
+    boxes = torch.tensor([1, 1, 3, 3], device=ids.device).repeat(*ids.shape, 1)
+    if len(ids) == COUNT:
+        boxes[OTHER] += 2
+    return boxes
+
+
+def _alike(two: Tensor, rows: int) -> Tensor:
+    """Rows of two kinds in the order that tells them apart: the first and the third are the same."""
+    return torch.stack([two[1 if row * COUNT // max(rows, COUNT) == OTHER else 0] for row in range(rows)])
 
 
 def _two_towers(model: nn.Module) -> bool:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterable
 
 from adapters._sites.graph import Attention, Graph, Use, Value, ancestors
 from adapters._sites.operands import CHOICES, CURVES, NARROWS, TIMES
 from adapters._sites.streams import Branch
 
-_NEAR = 60  # operations between the two products of an attention written by hand
-
 
 def find_roles(graph: Graph, branches: list[Branch]) -> dict[str, str]:
     """The role of every weight that lies in a branch or feeds an attention; a branch's word goes first."""
-    attentions = [*graph.attentions, *_by_hand(graph)]
+    by_hand = [Attention(each.query, each.key, each.value) for each in graph.written if each.softmax]
+    attentions = [*graph.attentions, *by_hand]
     roles: dict[str, str] = {}
     for branch in branches:
         inside = [a for a in attentions if a.query.index in branch.inside]
@@ -42,17 +40,6 @@ def _branch_roles(graph: Graph, branch: Branch, attentions: list[Attention]) -> 
         return {w for v in ancestors(value, branch.stream.index + 1).values() if v.use for w in v.use.weights}
 
     return _projections(attentions, deep) | roles
-
-
-def _by_hand(graph: Graph) -> Iterator[Attention]:
-    """Two products in a row, the second of which takes the first's result: scores from q and k, then values."""
-    pairs = [(out, operands) for out, operands in graph.products if len(operands) == 2]
-    for (scores, (query, key)), (out, operands) in pairwise(pairs):
-        if out.index - scores.index >= _NEAR:
-            continue
-        made_of = [scores.index in ancestors(o, scores.index) for o in operands]
-        if sum(made_of) == 1:
-            yield Attention(query, key, operands[made_of.index(False)])
 
 
 def _nearest(value: Value) -> set[str]:

@@ -86,6 +86,7 @@ def _stream_row(site: StreamSite) -> Row:
         known = "input unknown"
     elif site.tap is not None:
         known = f"input of ...{site.tap.removeprefix(site.block)}"
+    known += f"; {site.reason}" if site.reason else ""
     return site.path + output, site.role, str(site.width), known
 
 

@@ -35,6 +35,7 @@ class Tracer(TorchFunctionMode):
         self._current: Any = WeakTensorKeyDictionary()
         self._names: dict[int, str] = {}
         self._storages: dict[int, str] = {}
+        self._buffers = {id(buffer) for module in modules.values() for buffer in module._buffers.values()}
         for path, parameter in parameters.items():
             self._names.setdefault(id(parameter), path)
             if parameter.numel() and parameter.device.type != "meta":
@@ -49,6 +50,8 @@ class Tracer(TorchFunctionMode):
         if path is not None:
             self.graph.touched.add(path)
             return self._new("weight", (), tensor, frozenset([path]))
+        if id(tensor) in self._buffers:
+            return self._new("buffer", (), tensor)
         return self._new("unknown", tuple(self.stack[-1].inputs.values()) if self.stack else (), tensor)
 
     def _weight_path(self, tensor: Tensor) -> str | None:
@@ -120,9 +123,9 @@ class Tracer(TorchFunctionMode):
                 axis = -3 - axis
             if matrices:
                 x = operands[len(parents) - 1 - parents[::-1].index(light[-1])]
-                out.use = Use(
-                    matrices, op, self._module, light[-1], out, axis, parents[i].op == "weight", self._rows(x, op)
-                )
+                whole, rows = parents[i].op == "weight", self._rows(x, op)
+                spread = op.startswith("conv") and operands[i].shape[2:].numel() > 1
+                out.use = Use(matrices, op, self._module, light[-1], out, axis, whole, rows, spread)
                 self.graph.uses.append(out.use)
         elif len(light) >= 2 and light[-1].live and light[-2].live:
             self.graph.products.append((out, tuple(light[-2:])))

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from adapters._contract import WeightSite
+from adapters._contract import NOWHERE, Rows, WeightSite
 from adapters._sites.graph import Graph, Use, Value
-from adapters._sites.operands import SUMS, VIEWS
+from adapters._sites.operands import PICKS, SUMS, VIEWS
 
 TABLE = "a table that is looked up in: name it to adapt it"
 
@@ -55,7 +55,7 @@ def weight_sites(
         aliases = tuple(p for p in paths if p != acting[0] and split(p)[0] not in apart)
         role, reason = ("embedding", TABLE) if uses[0].lookup else aside.get(weight, (roles.get(weight, "other"), ""))
         layout = _layout(modules, parameters[weight], acting[0], uses)
-        site = WeightSite(acting[0], *split(acting[0]), role, **layout, aliases=aliases, rows=uses[0].rows)
+        site = WeightSite(acting[0], *split(acting[0]), role, **layout, aliases=aliases, rows=_rows(uses))
         access: Literal["call", "read"] = "call" if _called(graph, modules, site, uses) else "read"
         sites.append(replace(site, access=access, block=block_of(site.path), default=not reason, reason=reason))
     return sites
@@ -146,6 +146,28 @@ def _called(graph: Graph, modules: Mapping[str, nn.Module], site: WeightSite, us
         for use in uses
     )
     return site.experts is None and not site.folded and plain and not read_by_parent(modules, site.owner)
+
+
+def _rows(uses: list[Use]) -> Rows:
+    """What the probe saw, or else whether tokens were picked by index on the way, as they are for an expert."""
+    found = {use.rows for use in uses}
+    if len(found) == 1 and NOWHERE not in found:
+        return uses[0].rows
+    return Rows("routed") if all(_picked(use.x) for use in uses) else NOWHERE
+
+
+def _picked(value: Value) -> bool:
+    """Whether `value` was made by indexing with a computed index, since rows could last be followed."""
+    todo, seen = [value], set[int]()
+    while todo:
+        step = todo.pop()
+        if step.index in seen or (step.use is not None and step.use.rows != NOWHERE):
+            continue
+        seen.add(step.index)
+        if step.op in PICKS and any(not parent.floating for parent in step.parents):
+            return True
+        todo.extend(step.active)
+    return False
 
 
 def matrix(module: nn.Module, parameter: nn.Parameter) -> tuple[int, int]:

@@ -23,7 +23,8 @@ def batch_for(pair: Pair, model: nn.Module) -> dict[str, Any]:
     if pair.head == "image" or ("pixel_values" in names and "input_ids" not in names):
         return _pictures(model, generator)
     low, high = 5, max(6, min(_vocabulary(config), 100))
-    shape = (ROWS, CHOICES, TOKENS) if pair.head == "choice" else (ROWS, TOKENS)
+    books = getattr(config, "num_codebooks", 1) if pair.type in _CODEBOOKS else 1
+    shape = (ROWS, CHOICES, TOKENS) if pair.head == "choice" else (ROWS * books, TOKENS)
     ids = torch.randint(low, high, shape, generator=generator)
     if pair.head in ("sequence", "encoder") and getattr(config, "is_encoder_decoder", False):
         ids[..., -1] = _end(config)  # these classifiers read the state at the end token
@@ -77,5 +78,6 @@ def _colours(generator: torch.Generator) -> dict[str, Any]:
     return {"input_ids": torch.randint(0, 100, (ROWS, 16), generator=generator)}
 
 
+_CODEBOOKS = ("musicgen", "musicgen_melody")  # a row of ids per codebook
 # inputs that the signature does not tell, by type
 _UNUSUAL = {"siglip2": _patches, "imagegpt": _colours}

@@ -57,6 +57,7 @@ CONFIGS: dict[Any, dict[str, Any]] = {
     "gemma4_assistant": {
         "text_config": {
             "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
             "num_hidden_layers": 2,
             "layer_types": ["sliding_attention", "full_attention"],
         }
