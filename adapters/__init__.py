@@ -19,8 +19,8 @@ import torch as _torch  # noqa: F401 - the one heavy import that every use needs
 if TYPE_CHECKING:
     from adapters import methods
     from adapters._attach import Adapter, AttachReport, activate, adapters_of, attach, detach, using
+    from adapters._change import Factors, Scaled, Weight
     from adapters._contract import (
-        Factors,
         KeyValueMethod,
         KeyValueSite,
         LayerSite,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         Rows,
         StreamMethod,
         StreamSite,
-        Weight,
         WeightMethod,
         WeightSite,
     )
@@ -41,8 +40,8 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "_attach": "Adapter AttachReport activate adapters_of attach detach using",
-    "_contract": "Factors KeyValueMethod KeyValueSite LayerSite Method Rows StreamMethod StreamSite"
-    " Weight WeightMethod WeightSite",
+    "_change": "Factors Scaled Weight",
+    "_contract": "KeyValueMethod KeyValueSite LayerSite Method Rows StreamMethod StreamSite WeightMethod WeightSite",
     "_errors": "AdapterError DamagedAdapter WrongBase",
     "_hub": "load_base",
     "_merge": "Certificate merge",
@@ -69,6 +68,7 @@ __all__ = [
     "QuantizeReport",
     "Rows",
     "SaveReport",
+    "Scaled",
     "SiteMap",
     "StreamMethod",
     "StreamSite",

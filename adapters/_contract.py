@@ -1,4 +1,4 @@
-"""The contract between methods, sites and the engine: what a site is, and what a method must define.
+"""The contract between methods, sites and the engine: what a method must define, and what it may.
 
 Shapes, stated once: `x (..., n_in)` enters a site, `y (..., n_out)` leaves it, `w (n_out, n_in)` is its weight
 (`(experts, n_out, n_in)` where experts are fused), `p` maps the names of one adapter's tensors at one site to the
@@ -8,172 +8,37 @@ tensors of `p` carry a leading dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, TypeAlias
+from typing import ClassVar, Literal, Self, TypeAlias
 
 from torch import Tensor
 
+from adapters._change import Factors, Scaled, Weight
 from adapters._errors import AdapterError
+from adapters._site import NOWHERE, Key, KeyValueSite, LayerSite, Rows, Site, StreamSite, WeightSite
+
+__all__ = [
+    "NOWHERE",
+    "Factors",
+    "Key",
+    "KeyValueMethod",
+    "KeyValueSite",
+    "LayerSite",
+    "Method",
+    "Rows",
+    "Scaled",
+    "Site",
+    "StreamMethod",
+    "StreamSite",
+    "Tensors",
+    "Weight",
+    "WeightMethod",
+    "WeightSite",
+    "require",
+]
 
 Tensors: TypeAlias = Mapping[str, Tensor]
-Key: TypeAlias = int | str | None  # an element of a call's inputs or outputs; None: the output is the tensor itself
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the rows of a batch are in what reaches a site, as the probe saw it.
-
-    "axis": axis `axis` counts the rows. "flattened" and "windowed": axis `axis` counts rows and, within a row, tokens
-    or windows of tokens. "interleaved": it counts tokens and, within a token, rows. "routed": tokens were picked, as
-    for an expert, and follow the index that picked them. "none": nothing there depends on the row, or no layout fits.
-    """
-
-    layout: Literal["axis", "flattened", "windowed", "interleaved", "routed", "none"] = "none"
-    axis: int = 0
-
-    def __str__(self) -> str:
-        return self.layout if self.layout in ("none", "routed") else f"{self.layout} {self.axis}"
-
-
-NOWHERE = Rows("none")
-
-
-@dataclass(frozen=True)
-class WeightSite:
-    """A parameter of two or more dimensions that multiplies activations, or a table in which they are looked up.
-
-    `path` names the parameter, `owner` the module that holds it. `access` is "call" where calling the owner computes
-    `x @ w.T + bias` and nothing else, "read" where other code reads the parameter: fused experts, convolutions, tables.
-    `transposed` marks storage as `(n_in, n_out)`; a table of `n_in` rows is one, read with one-hot activations.
-    `folded` are the stored axes that are seen as one, where there are more than two: a convolution's kernel is stored
-    as `(n_out, channels, *kernel)` and seen as `(n_out, n_in)`, n_in = channels * positions. `aliases` are further
-    paths of the same parameter. Sites with `default=False` are adapted only when named in `targets`; `reason` says why.
-    """
-
-    path: str
-    owner: str
-    parameter: str
-    role: str
-    n_in: int
-    n_out: int
-    experts: int | None = None
-    transposed: bool = False
-    access: Literal["call", "read"] = "call"
-    block: str = ""
-    default: bool = True
-    reason: str = ""
-    aliases: tuple[str, ...] = ()
-    folded: tuple[int, ...] = ()
-    rows: Rows = NOWHERE
-    kind: ClassVar[str] = "weight"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of `w` as methods see it: `(n_out, n_in)`, or `(experts, n_out, n_in)`."""
-        return (self.n_out, self.n_in) if self.experts is None else (self.experts, self.n_out, self.n_in)
-
-
-@dataclass(frozen=True)
-class StreamSite:
-    """The value a branch adds to the residual stream: output `output` of the module at `path`, `width` wide.
-
-    `branch` is "attention", "mlp" or "ssm". The branch's input is argument `input` of that module's call, or, where
-    the module does not receive it (`input` None), the first argument of the module at `tap`, or unknown (both None).
-    `axis` and `input_axis` are the axes of features, -1, or 1 in pictures.
-    """
-
-    path: str
-    branch: Literal["attention", "mlp", "ssm"]
-    width: int
-    output: Key = None
-    input: Key = None
-    tap: str | None = None
-    axis: int = -1
-    input_axis: int = -1
-    block: str = ""
-    default: bool = True
-    reason: str = ""
-    rows: Rows = NOWHERE
-    kind: ClassVar[str] = "stream"
-
-    @property
-    def role(self) -> str:
-        return f"stream.{self.branch}"
-
-
-@dataclass(frozen=True)
-class KeyValueSite:
-    """The keys `(rows, heads, tokens, k_dim)` and values `(rows, heads, tokens, v_dim)` of the attention at `path`.
-
-    `product` is None where the attention goes through transformers' interface; where it is written out in the module,
-    it is the number, from 0, of the product of queries and keys among the module's products of batches of matrices.
-    """
-
-    path: str
-    heads: int
-    k_dim: int
-    v_dim: int
-    causal: bool = True
-    block: str = ""
-    default: bool = True
-    reason: str = ""
-    rows: Rows = NOWHERE
-    product: int | None = None
-    kind: ClassVar[str] = "keyvalue"
-
-    @property
-    def role(self) -> str:
-        return "keyvalue"
-
-
-@dataclass(frozen=True)
-class LayerSite:
-    """Where hidden states of `width` features enter the block at `path`: argument `input` of its call.
-
-    `output` is the element of what it returns that goes on to the next, `axis` the axis of tokens.
-    """
-
-    path: str
-    width: int
-    input: Key = 0
-    output: Key = None
-    axis: int = 1
-    block: str = ""
-    default: bool = True
-    reason: str = ""
-    rows: Rows = NOWHERE
-    kind: ClassVar[str] = "layer"
-
-    @property
-    def role(self) -> str:
-        return "layer"
-
-
-Site: TypeAlias = WeightSite | StreamSite | KeyValueSite | LayerSite
-
-
-class Weight(Protocol):
-    """A base weight that is read on demand, so that a 4-bit weight is dequantised only by who needs it."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def dense(self) -> Tensor:
-        """The weight in the contract's orientation, `(n_out, n_in)`, in the base's floating-point dtype."""
-        ...
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A low-rank change of a weight: `scale * left @ right`, left `(..., n_out, rank)`, right `(..., rank, n_in)`."""
-
-    left: Tensor
-    right: Tensor
-    scale: float = 1.0
-
-    def dense(self) -> Tensor:
-        return self.scale * (self.left @ self.right)
 
 
 @dataclass(frozen=True)
@@ -189,17 +54,31 @@ class Method:
         """Whether this method, with these hyperparameters, acts at `site` when the caller names no targets."""
         return site.default
 
+    def at(self, site: Site) -> Self:
+        """This method with the hyperparameters that hold at `site`; the engine asks once a site, for all it does."""
+        return self
+
+    def review(self, sites: Sequence[Site]) -> tuple[str, ...]:
+        """What the report must say of acting at `sites`, all that were chosen; the model has not changed yet.
+
+        Raises:
+            AdapterError: a hyperparameter means none of them.
+        """
+        return ()
+
 
 @dataclass(frozen=True)
 class WeightMethod(Method):
-    """Changes a weight: `weight` defines the method, `factors` or `delta` are shortcuts that must agree with it.
+    """Changes a weight: `weight`, and `offset` for its bias, define the method; the other functions are shortcuts.
 
-    A method that has neither shortcut runs by its definition. `dropout`, if it has such a field, is the probability
-    with which the engine zeroes elements of the `x` that the change sees, in training.
+    A shortcut must agree with the definition; a method without any runs by its definition. `dropout`, if there is such
+    a field, is the probability with which the engine zeroes elements of the `x` that the change sees, in training.
+    Where a weight is read instead of called, the bias is out of reach and stays as it is.
     """
 
     kind: ClassVar[str] = "weight"
     mergeable: ClassVar[bool] = True
+    precise: ClassVar[frozenset[str]] = frozenset()  # tensors that start in fp32 whatever dtype is asked for
 
     def init(self, site: WeightSite, w: Weight) -> dict[str, Tensor]:
         """Fresh tensors, fp32 on the default device; with a leading `experts` dimension where the site has one."""
@@ -209,15 +88,47 @@ class WeightMethod(Method):
         """The definition: the adapted weight, shaped like `w`."""
         raise NotImplementedError
 
+    def offset(self, b: Tensor | None, p: Tensors) -> Tensor | None:
+        """The definition for the bias `b (n_out,)`, None where there is none: `b` itself where it does not change."""
+        return b
+
     def factors(self, p: Tensors) -> Factors | None:
-        """The change as a low-rank product, where it is one; the engine then never forms the dense change."""
+        """The whole change as a low-rank product, where it is one; the engine then never forms the dense change."""
         return None
 
-    def delta(self, x: Tensor, y: Tensor, w: Weight, p: Tensors) -> Tensor:
-        """What to add to `y = base(x)`: `x @ (weight(w, p) - w).T`."""
+    def scaled(self, w: Weight, p: Tensors) -> Scaled | None:
+        """The whole change of the weight as a scaling of its outputs, where it is one."""
+        return None
+
+    def inputs(self, p: Tensors) -> Tensor | None:
+        """What scales the inputs, `(..., n_in)`, where that is the whole change: `weight(w, p) = w diag(inputs)`.
+
+        The base's own product then runs on the scaled `x`, and nothing is added.
+        """
+        return None
+
+    def delta(self, x: Tensor, y: Tensor | None, w: Weight, p: Tensors) -> Tensor:
+        """What to add to `y = x @ w.T + b`: `x @ (weight(w, p) - w).T + offset(b, p) - b`.
+
+        `y` is None where `x` went through dropout: the base's output was made from another `x`.
+        """
         low = self.factors(p)
         if low is not None:
-            return low.scale * (x @ low.right.mT @ low.left.mT)
+            return low.delta(x)
+        b = w.bias()
+        offset = self.offset(b, p)
+        change = self._product_delta(x, y if y is None or b is None else y - b, w, p)
+        if offset is None or offset is b:
+            return change
+        return change + (offset if b is None else offset - b).unsqueeze(-2)
+
+    def _product_delta(self, x: Tensor, product: Tensor | None, w: Weight, p: Tensors) -> Tensor:
+        """`x @ (weight(w, p) - w).T`, from `product = x @ w.T` where it is known."""
+        scaled, inputs = self.scaled(w, p), self.inputs(p)
+        if scaled is not None:
+            return scaled.delta(x, x @ w.dense().to(x.dtype).mT if product is None else product)
+        if inputs is not None:
+            return (x * (inputs - 1).unsqueeze(-2)) @ w.dense().to(x.dtype).mT
         dense = w.dense()
         return x @ (self.changed(dense, p) - dense).to(x.dtype).mT
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import adapters
 from adapters._attach import adapters_of, base_parameters, base_weight, tensors_of
+from adapters._attach.weights import by_site
 from adapters._contract import KeyValueMethod, WeightMethod, WeightSite
 from adapters._quantize import is_quantized
 
@@ -241,9 +242,9 @@ def law_8_merged_is_adapted_or_refused(case: Case, folder: Path) -> None:
     model = case.shaken()
     adapted = output(model, case.inputs)
     before = snapshot(model)
-    if not adapters_of(model)["fr"].method.mergeable:
+    if not _can_merge(model):
         with pytest.raises(adapters.AdapterError, match="cannot be merged"):
-            adapters.merge(model, "fr")
+            adapters.merge(model, "fr", example=case.inputs)
         assert_same(snapshot(model), before)
         return
     certificate = adapters.merge(model, "fr", example=case.inputs)
@@ -253,29 +254,38 @@ def law_8_merged_is_adapted_or_refused(case: Case, folder: Path) -> None:
     assert all(site.seen is None or site.seen <= certificate.tolerance for site in certificate.sites)
 
 
-def law_9_delta_is_weight(case: Case, folder: Path) -> None:
+def law_9_shortcuts_are_the_definition(case: Case, folder: Path) -> None:
     model = case.shaken()
     adapter = adapters_of(model)["fr"]
     if not isinstance(adapter.method, WeightMethod):
         pytest.skip("the method does not change weights")
-    method, tensors = adapter.method, tensors_of(model, "fr")
+    tensors = by_site({key: tensor.detach().double() for key, tensor in tensors_of(model, "fr").items()})
     for site in adapter.sites:
         assert isinstance(site, WeightSite)
-        w = base_weight(model, site)
-        p = {
-            key.rpartition(":")[2]: t.detach().double() for key, t in tensors.items() if key.startswith(f"{site.path}:")
-        }
-        dense = w.dense().double()
+        method, p, w = adapter.method.at(site), tensors[site.path], base_weight(model, site).dense().double()
         x = torch.randn(*([site.experts] if site.experts else []), 5, site.n_in, dtype=torch.float64)
-        expected = x @ (method.weight(dense, p) - dense).mT
-        assert relative(method.delta(x, x @ dense.mT, Dense(dense), p), expected) < 1e-9, site.path
+        changed = method.weight(w, p)
+        for b in (None, torch.randn(site.n_out, dtype=torch.float64)) if site.access == "call" else (None,):
+            offset = method.offset(b, p)
+            product = x @ w.mT
+            y = product if b is None else product + b
+            adapted = x @ changed.mT if offset is None else x @ changed.mT + offset
+            for given in (y, None):  # None: x went through dropout
+                assert relative(method.delta(x, given, Dense(w, b), p), adapted - y) < 1e-9, site.path
+        inputs, scaled = method.inputs(p), method.scaled(Dense(w), p)
+        if inputs is not None:
+            assert relative((x * inputs.unsqueeze(-2)) @ w.mT, x @ changed.mT) < 1e-12, site.path
+        if scaled is not None:
+            low = w if scaled.low is None else w + scaled.low.dense()
+            assert relative(scaled.outputs.unsqueeze(-1) * low, changed) < 1e-9, site.path
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A weight handle over a tensor."""
+    """A weight handle over tensors."""
 
     tensor: torch.Tensor
+    added: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -283,6 +293,9 @@ class Dense:
 
     def dense(self) -> torch.Tensor:
         return self.tensor
+
+    def bias(self) -> torch.Tensor | None:
+        return self.added
 
 
 def law_10_a_target_that_matches_nothing_raises(case: Case, folder: Path) -> None:
@@ -325,6 +338,17 @@ def gradients(model: nn.Module, case: Case, train: bool = False, backward: str =
     else:
         loss.backward()
     return {key: tensor.grad.clone() for key, tensor in tensors_of(model, "fr").items() if tensor.grad is not None}
+
+
+def _can_merge(model: nn.Module) -> bool:
+    """Whether the adapter changes weights alone, or biases too where the base has them."""
+    adapter = adapters_of(model)["fr"]
+    if not isinstance(adapter.method, WeightMethod):
+        return False
+    tensors = by_site(tensors_of(model, "fr"))
+    called = [site for site in adapter.sites if isinstance(site, WeightSite) and site.access == "call"]
+    without = [site for site in called if getattr(model.get_submodule(site.owner), "bias", None) is None]
+    return all(adapter.method.at(site).offset(None, tensors[site.path]) is None for site in without)
 
 
 def projected(model: nn.Module, case: Case) -> torch.Tensor:

@@ -59,7 +59,9 @@ def test_methods() -> None:
     found = {method["name"]: method for method in json.loads(done.stdout)}
     assert set(adapters.methods.names()) == set(found)
     assert found["lora"]["formula"].startswith("LoRA: W' = W + s B A")
-    assert found["lora"]["fields"] == {"rank": 8, "alpha": 16.0, "rslora": False, "dropout": 0.0}
+    settings = {"rank": 8, "alpha": 16.0, "rslora": False, "dropout": 0.0}
+    assert found["dora"]["fields"] == {**settings, "rank_pattern": {}, "alpha_pattern": {}}
+    assert found["lora"]["fields"] == {**found["dora"]["fields"], "bias": False}
     assert (found["lora"]["mergeable"], found["prefix"]["mergeable"]) == (True, False)
     assert "LoRA" in runner.invoke(app, ["methods"]).stdout
 

@@ -59,7 +59,7 @@ def test_an_attached_state_dict_round_trips() -> None:
     assert torch.equal(output(twin, BATCH), output(model, BATCH))
 
 
-@pytest.mark.parametrize("method", ["lora", "bottleneck", "prefix"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bottleneck", "prefix"])
 def test_copies_and_pickles_are_independent_models(method: str) -> None:
     model = attached(method=method)
     expected = output(model, BATCH)
@@ -77,7 +77,7 @@ def test_copies_and_pickles_are_independent_models(method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bottleneck"])
 def test_compiled_equals_eager_attached_before_and_after(method: str) -> None:
     torch._dynamo.reset()
     model = attached(method=method)

@@ -21,11 +21,22 @@ TEXTS = ["The capital of France is", "def add(a, b):\n    return", "Water boils 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # every law runs once per method; precisions rotate, so that each method meets each of them on one of the two models
 PRECISIONS = {
-    "smollm2-135m-instruct": {"lora": "bf16", "qlora": "nf4", "pfeiffer": "bf16", "parallel": "fp32", "prefix": "bf16"},
+    "smollm2-135m-instruct": {
+        "lora": "bf16",
+        "qlora": "nf4",
+        "dora": "bf16",
+        "ia3": "fp32",
+        "pfeiffer": "bf16",
+        "parallel": "fp32",
+        "prefix": "bf16",
+    },
     "minilm-l6-v2": {
         "lora": "fp32",
         "rslora": "bf16",
         "qlora": "nf4",
+        "patterns": "fp32",
+        "dora": "nf4",
+        "ia3": "nf4",
         "houlsby": "nf4",
         "prefix": "fp32",
         "loha": "nf4",

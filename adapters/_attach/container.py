@@ -13,9 +13,21 @@ from torch.nn.modules import module as module_hooks
 
 from adapters._attach.factored import Factored
 from adapters._attach.lowrank import add_lowrank
+from adapters._attach.scaled import ScaledWeight
 from adapters._attach.state import take_tap
 from adapters._attach.weights import BaseWeight
-from adapters._contract import Key, KeyValueMethod, Method, Site, StreamMethod, StreamSite, WeightMethod, WeightSite
+from adapters._contract import (
+    Factors,
+    Key,
+    KeyValueMethod,
+    Method,
+    Scaled,
+    Site,
+    StreamMethod,
+    StreamSite,
+    WeightMethod,
+    WeightSite,
+)
 from adapters._errors import AdapterError
 
 CHILD = "adapters"
@@ -65,14 +77,44 @@ class CalledWeight(Entry):
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if self.training and (dropout := _dropout(self.method)):
-            x = F.dropout(x, dropout)
         method, p = cast(WeightMethod, self.method), self.tensors()
+        dropout = _dropout(method) if self.training else 0.0
+        x = F.dropout(x, dropout) if dropout else x
+        fresh = self.fresh and _unobserved(self.w.owner)
         low = method.factors(p)
         if low is not None:
-            return add_lowrank(y, x, low, self.fresh and _unobserved(self.w.owner))
-        # without a low-rank shortcut the delta is the difference of two near weights: computed in the tensors' dtype
-        return y + method.delta(x.to(_dtype(p)), y, self.w, p).to(y.dtype)
+            return add_lowrank(y, x, low, fresh)
+        scaled = None if dropout else method.scaled(self.w, p)
+        if scaled is not None:
+            return self._rescaled(y, x, scaled, fresh)
+        # without a structural shortcut the delta is the difference of two near weights: in the tensors' dtype
+        delta = method.delta(x.to(_dtype(p)), None if dropout else y, self.w, p)
+        return y + delta.to(y.dtype).view(y.shape)
+
+    def _rescaled(self, y: Tensor, x: Tensor, scaled: Scaled, fresh: bool) -> Tensor:
+        """`outputs * (y + low x) + offset - outputs * b`: y holds the base's bias, which has a meaning of its own."""
+        b = self.w.bias()
+        offset = cast(WeightMethod, self.method).offset(b, self.tensors())
+        y = y if scaled.low is None else add_lowrank(y, x, scaled.low, fresh)
+        if offset is None:
+            return (y * scaled.outputs).to(y.dtype)
+        shift = offset if b is None else offset - scaled.outputs * b
+        return torch.addcmul(shift, y, scaled.outputs).to(y.dtype)
+
+
+class ScaledInput(Entry):
+    """A change of a weight that is a scaling of its inputs: called before the module, with what it is called with."""
+
+    def __init__(self, method: WeightMethod, site: WeightSite, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(method, site, tensors)
+
+    def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        inputs = cast(WeightMethod, self.method).inputs(self.tensors())
+        assert inputs is not None, "an entry of this class is made where the method scales inputs"
+        if args:
+            return ((args[0] * inputs).to(args[0].dtype), *args[1:]), dict(kwargs)
+        name, x = next(iter(kwargs.items()))
+        return (), {**kwargs, name: (x * inputs).to(x.dtype)}
 
 
 class ReadWeight(Entry):
@@ -83,15 +125,27 @@ class ReadWeight(Entry):
     def __init__(self, method: WeightMethod, site: WeightSite, tensors: Mapping[str, Tensor], w: BaseWeight) -> None:
         super().__init__(method, site, tensors, w=w)
 
-    def forward(self, stored: Tensor | Factored) -> Tensor | Factored:
+    def forward(self, stored: Tensor | Factored | ScaledWeight) -> Tensor | Factored | ScaledWeight:
         method, p, w = cast(WeightMethod, self.method), self.tensors(), self.w
-        low = method.factors(p)
-        if low is not None and isinstance(stored, Tensor):
-            left, right = (low.right.mT, low.left.mT) if w.transposed else (low.left, low.right)
-            dropout = _dropout(method) if self.training else 0.0
-            return Factored(stored, left.to(stored.dtype), right.to(stored.dtype), low.scale, dropout)
-        dense = stored.dense("a second adapter") if isinstance(stored, Factored) else stored
+        if isinstance(stored, Tensor):
+            low = method.factors(p)
+            if low is not None:
+                return self._factored(stored, low)
+            scaled, inputs = method.scaled(w, p), method.inputs(p)
+            if (scaled is not None or inputs is not None) and not w.folded:
+                return self._scaled(stored, scaled, inputs)
+        dense = stored if isinstance(stored, Tensor) else stored.dense("a second adapter")
         return w.as_stored(method.changed(w.seen(dense), p)).to(dense.dtype)
+
+    def _factored(self, stored: Tensor, low: Factors) -> Factored:
+        left, right = (low.right.mT, low.left.mT) if self.w.transposed else (low.left, low.right)
+        dropout = _dropout(self.method) if self.training else 0.0
+        return Factored(stored, left.to(stored.dtype), right.to(stored.dtype), low.scale, dropout)
+
+    def _scaled(self, stored: Tensor, scaled: Scaled | None, inputs: Tensor | None) -> ScaledWeight:
+        low, outputs = (None, None) if scaled is None else (scaled.low, scaled.outputs)
+        inner = stored if low is None else self._factored(stored, low)
+        return ScaledWeight(inner, *((inputs, outputs) if self.w.transposed else (outputs, inputs)))
 
 
 class Stream(Entry):

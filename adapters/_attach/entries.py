@@ -10,10 +10,20 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from adapters._attach.container import CHILD, CalledWeight, Container, Entry, KeyValue, ReadWeight, Replica, Stream
+from adapters._attach.container import (
+    CHILD,
+    CalledWeight,
+    Container,
+    Entry,
+    KeyValue,
+    ReadWeight,
+    Replica,
+    ScaledInput,
+    Stream,
+)
 from adapters._attach.state import FACES, STATE, Adapter, State
-from adapters._attach.swap import CALL, HOLD, READ, TAP, TAPPED_BY, add_faces, base_class, strip
-from adapters._attach.weights import base_weight
+from adapters._attach.swap import CALL, HOLD, READ, SCALED, TAP, TAPPED_BY, add_faces, base_class, strip
+from adapters._attach.weights import base_weight, by_site
 from adapters._contract import (
     KeyValueMethod,
     KeyValueSite,
@@ -39,21 +49,16 @@ class Made:
 
 def make_entries(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> list[Made]:
     """All entries of an adapter, made and checked while the model is still untouched."""
-    by_site: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        path, _, name = key.rpartition(":")
-        by_site.setdefault(path, {})[name] = tensor
+    held = by_site(tensors)
     made: list[Made] = []
     for site in adapter.sites:
-        given = by_site.pop(site.path, None)
+        given = held.pop(site.path, None)
         if not given:
             raise AdapterError(f"adapter {adapter.name!r} has no tensors for its site {site.path}.")
         made += _at_site(model, adapter, site, given)
-    made += [Made(path, adapter.slot, _replica(model, path, by_site.pop(path, {})), CALL) for path in adapter.head]
-    if by_site:
-        raise AdapterError(
-            f"adapter {adapter.name!r} has tensors for {next(iter(by_site))}, which is none of its sites."
-        )
+    made += [Made(path, adapter.slot, _replica(model, path, held.pop(path, {})), CALL) for path in adapter.head]
+    if held:
+        raise AdapterError(f"adapter {adapter.name!r} has tensors for {next(iter(held))}, which is none of its sites.")
     _check_places(model, adapter, made)
     return made
 
@@ -88,7 +93,7 @@ def _ancestors(path: str) -> list[str]:
 
 
 def _at_site(model: nn.Module, adapter: Adapter, site: Site, given: Mapping[str, Tensor]) -> list[Made]:
-    method, slot = adapter.method, adapter.slot
+    method, slot = adapter.method.at(site), adapter.slot
     try:
         owner = submodule(model, site.owner if isinstance(site, WeightSite) else site.path)
         tap = submodule(model, site.tap) if isinstance(site, StreamSite) and site.tap is not None else None
@@ -117,15 +122,19 @@ def _at_weight(
     low = method.factors(given)
     if low is not None and (*low.left.shape[:-1], low.right.shape[-1]) != site.shape:
         raise AdapterError(f"the tensors for {site.path} do not form a change of shape {site.shape}.")
+    if low is not None and low.bias is not None and site.access == "read":
+        raise AdapterError(f"method {method.name!r} trains a bias at {site.path}, whose weight is read and not called.")
     if site.access == "read":
         entry: nn.Module = ReadWeight(method, site, given, w)
+    elif method.inputs(given) is not None:
+        entry = ScaledInput(method, site, given)
     else:
         # the outputs of these forwards come straight from a product, so the delta may be added into them
         fresh = (base_class(owner).forward is nn.Linear.forward or is_quantized(w.stored)) and not site.aliases
         entry = CalledWeight(method, site, given, w, fresh)
     # a parameter that several modules share has one adapter, which acts at each of them
     shared = [path for path in site.aliases if not isinstance(submodule(model, path.rpartition(".")[0]), nn.Embedding)]
-    return [Made(*_location(slot, path, site), entry, _face(path, site)) for path in (site.path, *shared)]
+    return [Made(*_location(slot, path, site), entry, _face(path, site, entry)) for path in (site.path, *shared)]
 
 
 def _fits(stored: Tensor, site: WeightSite) -> bool:
@@ -136,8 +145,10 @@ def _fits(stored: Tensor, site: WeightSite) -> bool:
     return (*lead, *((columns, rows) if site.transposed else (rows, columns))) == site.shape
 
 
-def _face(path: str, site: WeightSite) -> str:
-    return CALL if site.access == "call" else READ + path.rpartition(".")[2]
+def _face(path: str, site: WeightSite, entry: nn.Module) -> str:
+    if site.access == "read":
+        return READ + path.rpartition(".")[2]
+    return SCALED if isinstance(entry, ScaledInput) else CALL
 
 
 def _replica(model: nn.Module, path: str, given: Mapping[str, Tensor]) -> Replica:

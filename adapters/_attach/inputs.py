@@ -7,7 +7,7 @@ checkpointing is on, which models that add to it in place cannot take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +52,6 @@ def input_call(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_cut_off(result: Any) -> bool:
     """Whether a result, made with gradients on, has floating-point tensors none of which requires a gradient."""
-    values = list(result.values()) if hasattr(result, "values") else result
+    values = list(result.values()) if isinstance(result, Mapping) else result  # a sparse tensor has values, too
     floats = [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point()]
     return bool(floats) and not any(x.requires_grad for x in floats)

@@ -1,6 +1,6 @@
 """Adds a low-rank product to a linear layer's output with as little memory traffic as possible.
 
-    y <- y + scale * (x @ right.T) @ left.T
+    y <- y + scale * ((x @ right.T) @ left.T + bias)
 
 Autograd would keep a cast copy of `x` and a second output; this keeps `x` as it is and the rank-wide product, and
 writes into `y` where that is safe.
@@ -19,21 +19,23 @@ from adapters._contract import Factors
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, left: Tensor, right: Tensor, scale: float, inplace: bool) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, scale: float, inplace: bool
+    ) -> Tensor:
         inner = _inner(y, x, right, scale)
         ctx.save_for_backward(x, left, right, inner)
-        ctx.scale = scale
+        ctx.scale, ctx.dtype = scale, None if bias is None else bias.dtype
         if inplace:
             ctx.mark_dirty(y)
-        return _add(y, inner, left, inplace)
+        return _add(y, inner, left, None if bias is None else scale * bias, inplace)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, left, right, inner = ctx.saved_tensors
-        to_y, to_x, to_left, to_right, *_ = ctx.needs_input_grad
+        to_y, to_x, to_left, to_right, to_bias, *_ = ctx.needs_input_grad
         rows = _rows(dy).to(inner.dtype)
-        # d(x A^T) = s dy B;  dB = dy^T (s x A^T);  dA = d(x A^T)^T x;  dx = d(x A^T) A
+        # d(x A^T) = s dy B;  dB = dy^T (s x A^T);  dA = d(x A^T)^T x;  dx = d(x A^T) A;  de = s sum dy
         d_left = torch.mm(rows.mT, inner).to(left.dtype) if to_left else None
         d_right = d_x = None
         if to_x or to_right:
@@ -42,7 +44,8 @@ class _AddLowRank(torch.autograd.Function):
                 d_right = torch.mm(d_inner.mT, _rows(x).to(inner.dtype)).to(right.dtype)
             if to_x:
                 d_x = torch.mm(d_inner, right.to(inner.dtype)).to(x.dtype).view(x.shape)
-        return dy if to_y else None, d_x, d_left, d_right, None, None
+        d_bias = rows.sum(0).mul_(ctx.scale).to(ctx.dtype) if to_bias else None
+        return dy if to_y else None, d_x, d_left, d_right, d_bias, None, None
 
 
 def _inner(y: Tensor, x: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -55,17 +58,20 @@ def _inner(y: Tensor, x: Tensor, right: Tensor, scale: float) -> Tensor:
     return torch.mm(_rows(x).to(wide), right.to(wide).mT).mul_(scale)
 
 
-def _add(y: Tensor, inner: Tensor, left: Tensor, inplace: bool) -> Tensor:
+def _add(y: Tensor, inner: Tensor, left: Tensor, shift: Tensor | None, inplace: bool) -> Tensor:
     out = left.to(inner.dtype).mT
     if inner.dtype != y.dtype:
-        change = torch.mm(inner, out).to(y.dtype).view(y.shape)
+        wide = torch.mm(inner, out) if shift is None else torch.addmm(shift.to(inner.dtype), inner, out)
+        change = wide.to(y.dtype).view(y.shape)
         return y.add_(change) if inplace else y + change
     if inplace:
+        made = y
         _rows(y).addmm_(inner, out)
-        return y
-    made = torch.empty(y.shape, dtype=y.dtype, device=y.device)  # no view: models add to what a layer returned in place
-    torch.addmm(_rows(y), inner, out, out=_rows(made))
-    return made
+    else:
+        # no view: models add to what a layer returned in place
+        made = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+        torch.addmm(_rows(y), inner, out, out=_rows(made))
+    return made if shift is None else made.add_(shift.to(y.dtype))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -73,17 +79,18 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def add_lowrank(y: Tensor, x: Tensor, low: Factors, fresh: bool) -> Tensor:
-    """`y + scale * x @ right.T @ left.T`, in y's dtype.
+    """`y + scale * (x @ right.T @ left.T + bias)`, in y's dtype.
 
     Args:
         y: (..., n_out), the base's output.
         x: (..., n_in).
-        low: left (n_out, rank), right (rank, n_in).
+        low: left (n_out, rank), right (rank, n_in), bias (n_out) or None.
         fresh: y was just made by a matrix product and nobody else holds it, so it may be overwritten.
     """
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula itself
         xc = x.to(y.dtype)
-        return y + low.scale * (xc @ low.right.to(y.dtype).mT @ low.left.to(y.dtype).mT)
+        change = xc @ low.right.to(y.dtype).mT @ low.left.to(y.dtype).mT
+        return y + low.scale * (change if low.bias is None else change + low.bias.to(y.dtype))
     inplace = fresh and y.is_contiguous() and not y._is_view() and not (y.is_leaf and y.requires_grad)
     if torch.is_autocast_enabled(y.device.type):  # y already has autocast's dtype
         with torch.autocast(y.device.type, enabled=False):
@@ -93,6 +100,7 @@ def add_lowrank(y: Tensor, x: Tensor, low: Factors, fresh: bool) -> Tensor:
 
 def _run(y: Tensor, x: Tensor, low: Factors, inplace: bool) -> Tensor:
     if torch.is_grad_enabled():
-        out: Tensor = _AddLowRank.apply(y, x, low.left, low.right, low.scale, inplace)  # type: ignore[no-untyped-call]
+        out: Tensor = _AddLowRank.apply(y, x, low.left, low.right, low.bias, low.scale, inplace)  # type: ignore[no-untyped-call]
         return out
-    return _add(y, _inner(y, x, low.right, low.scale), low.left, inplace)
+    shift = None if low.bias is None else low.scale * low.bias
+    return _add(y, _inner(y, x, low.right, low.scale), low.left, shift, inplace)

@@ -44,6 +44,8 @@ def in_short(method: Method) -> str:
     shown = []
     for each in fields(method):
         value = getattr(method, each.name)
+        if value == {}:  # no value differs from site to site
+            continue
         shown.append(
             f"{each.name}={textwrap.shorten(value, 60)!r}" if isinstance(value, str) else f"{each.name}={value!r}"
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters._attach.container import CHILD, Container
+from adapters._attach.container import CHILD, Container, ScaledInput
 from adapters._attach.inputs import input_call, is_cut_off
 from adapters._attach.state import (
     ENTER,
@@ -32,6 +32,7 @@ BASE = "_adapter_base_class"
 # faces: what a subclass adds, beside ENTER
 PREPARE = "prepare"  # the base model below the root's heads, which may be called by itself
 CALL = "call"
+SCALED = "scaled"  # a call whose input is scaled
 TAP = "tap"
 INPUT = "input"  # input embeddings
 CHECKPOINT = "checkpoint"
@@ -54,8 +55,8 @@ def adapted_class(base: Any, faces: frozenset[str]) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "__reduce_ex__": lambda self, protocol: (_restore, (base, faces), self.__dict__),
     }
-    if CALL in faces or TAP in faces:
-        space["__call__"] = _site_call(base, TAP in faces)
+    if {CALL, SCALED, TAP} & faces:
+        space["__call__"] = _site_call(_scaling_call(base) if SCALED in faces else base.__call__, TAP in faces)
     if INPUT in faces:
         space["__call__"] = input_call(space.get("__call__", base.__call__))
     if ENTER in faces or PREPARE in faces:
@@ -103,9 +104,7 @@ def base_class(module: nn.Module) -> Any:
     return getattr(type(module), BASE, type(module))
 
 
-def _site_call(base: type[nn.Module], tapped: bool) -> Callable[..., Any]:
-    base_call = base.__call__
-
+def _site_call(base_call: Callable[..., Any], tapped: bool) -> Callable[..., Any]:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         y = base_call(self, *args, **kwargs)
         state = self.__dict__.get(STATE)  # None: detached while a compiled caller still knows this class
@@ -118,9 +117,24 @@ def _site_call(base: type[nn.Module], tapped: bool) -> Callable[..., Any]:
         if held is not None:
             for adapter in acting:
                 entry = held._modules.get(adapter.slot)
-                if entry is not None:
+                if entry is not None and not isinstance(entry, ScaledInput):
                     y = entry(args, kwargs, y)
         return y
+
+    return __call__
+
+
+def _scaling_call(base: type[nn.Module]) -> Callable[..., Any]:
+    """The base's call on an input that the acting adapters scale; the other adapters see it as it was."""
+    base_call = base.__call__
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state, held = self.__dict__.get(STATE), self._modules.get(CHILD)
+        for adapter in selection(state) if state is not None and held is not None else ():
+            entry = held._modules.get(adapter.slot)  # type: ignore[union-attr]
+            if isinstance(entry, ScaledInput):
+                args, kwargs = entry(args, kwargs)
+        return base_call(self, *args, **kwargs)
 
     return __call__
 

@@ -15,7 +15,7 @@ from adapters._attach.install import base_parameters, check_attachable, install,
 from adapters._attach.report import AttachReport, describe, in_short
 from adapters._attach.start import prefix_start
 from adapters._attach.state import State, adapters_of, choosing, state_of, unwrapped
-from adapters._attach.weights import base_weight
+from adapters._attach.weights import base_weight, bias_notes
 from adapters._contract import (
     KeyValueMethod,
     KeyValueSite,
@@ -84,10 +84,12 @@ def attach(
     chosen = select(found, chosen_method, targets)
     heads = _heads(model, head)
     check_free(model, [*(_owner(site) for site in chosen), *heads])
-    notes = _quantized(model, chosen_method)  # after everything that may be refused
+    notes = list(chosen_method.review(chosen))
+    notes += _quantized(model, chosen_method)  # after everything that may be refused
     chosen_method, tensors, facts = _fresh(model, chosen_method, chosen, tokenizer)
     notes += [str(note) for note in facts.values()]
-    tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    tensors = {key: tensor.to(_start_dtype(chosen_method, key, dtype)) for key, tensor in tensors.items()}
+    notes += bias_notes(model, chosen_method, chosen, tensors)
     for path in heads:
         parameters = bare_copy(model.get_submodule(path)).named_parameters()
         tensors.update({f"{path}:head.{key}": p.detach().to(dtype).clone() for key, p in parameters})
@@ -174,18 +176,23 @@ def _fresh(
         start = prefix_start(model, method, cast(tuple[KeyValueSite, ...], chosen), tokenizer)
         method, facts = cast(KeyValueMethod, start.method), {"start": start.note}
         for site in chosen:
-            by_site[site.path] = method.init(cast(KeyValueSite, site), *start.recorded[site.path])
+            by_site[site.path] = method.at(site).init(cast(KeyValueSite, site), *start.recorded[site.path])
     for site in chosen:
         if isinstance(method, WeightMethod) and isinstance(site, WeightSite):
-            by_site[site.path] = method.init(site, base_weight(model, site))
+            by_site[site.path] = method.at(site).init(site, base_weight(model, site))
         elif isinstance(method, StreamMethod) and isinstance(site, StreamSite):
-            by_site[site.path] = method.init(site)
+            by_site[site.path] = method.at(site).init(site)
     tensors = {
         f"{site.path}:{key}": tensor.to(_device(model, site))
         for site in chosen
         for key, tensor in by_site[site.path].items()
     }
     return method, tensors, facts
+
+
+def _start_dtype(method: Method, key: str, asked: torch.dtype) -> torch.dtype:
+    precise = method.precise if isinstance(method, WeightMethod) else ()
+    return torch.float32 if key.rpartition(":")[2] in precise else asked
 
 
 def _device(model: nn.Module, site: Site) -> torch.device:

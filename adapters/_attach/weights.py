@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
-from adapters._contract import WeightSite
+from adapters._contract import Method, Site, WeightMethod, WeightSite
+from adapters._errors import AdapterError
 from adapters._quantize import dequantize, is_quantized
 
 
@@ -19,6 +22,7 @@ class BaseWeight:
     shape: tuple[int, ...]
     stored_transposed: bool
     folded: tuple[int, ...] = ()  # the stored axes that are seen as one
+    added: tuple[str, ...] = ()  # the owner's parameters that it adds to the product
 
     @property
     def stored(self) -> nn.Parameter:
@@ -33,6 +37,11 @@ class BaseWeight:
 
     def dense(self) -> Tensor:
         stored = self.stored
+        if stored.is_meta:
+            raise AdapterError(
+                f"{self.parameter} of a {type(self.owner).__name__} is offloaded, and this method reads it outside of "
+                "the layer's own forward: load the base without offloading."
+            )
         if is_quantized(stored):
             return dequantize(stored)
         return self.seen(stored)
@@ -47,7 +56,49 @@ class BaseWeight:
         matrix = w.mT if self.transposed else w
         return matrix.reshape(-1, *self.folded) if self.folded else matrix
 
+    def bias(self) -> Tensor | None:
+        held = self.biases()
+        return sum(held[1:], start=held[0]) if held else None
+
+    def biases(self) -> list[Tensor]:
+        """The parameters whose sum is the bias: one of them, but for layers that few would write."""
+        return [cast(Tensor, self.owner._parameters[name]) for name in self.added]
+
 
 def base_weight(model: nn.Module, site: WeightSite) -> BaseWeight:
     """The handle of a site's weight."""
-    return BaseWeight(model.get_submodule(site.owner), site.parameter, site.shape, site.transposed, site.folded)
+    owner = model.get_submodule(site.owner)
+    added = added_by(owner, site) if site.access == "call" else ()
+    return BaseWeight(owner, site.parameter, site.shape, site.transposed, site.folded, added)
+
+
+def added_by(owner: nn.Module, site: WeightSite) -> tuple[str, ...]:
+    """What a called layer adds to its product, whatever it is called: the layer computes with nothing else."""
+    held = {name: p.shape for name, p in owner._parameters.items() if p is not None and name != site.parameter}
+    return tuple(name for name, shape in held.items() if shape == (site.n_out,))
+
+
+def by_site(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors keyed `f"{path}:{name}"` as what each path has."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, _, name = key.rpartition(":")
+        found.setdefault(path, {})[name] = tensor
+    return found
+
+
+def bias_notes(model: nn.Module, method: Method, sites: Iterable[Site], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What a report says of layers that have no bias, and get one while the adapter acts."""
+    if not isinstance(method, WeightMethod):
+        return []
+    given = by_site(tensors)
+    called = [site for site in sites if isinstance(site, WeightSite) and site.access == "call"]
+    without = [
+        site.owner
+        for site in called
+        if not added_by(model.get_submodule(site.owner), site)
+        and method.at(site).offset(None, given[site.path]) is not None
+    ]
+    if not without:
+        return []
+    return [f"merging will be refused: {len(without)} layers have no bias to merge one into, such as {without[0]}"]

@@ -1,9 +1,9 @@
-"""A LoRA adapter as the files that stock PEFT, vLLM and mistral.rs read (PEFT 0.21's format)."""
+"""LoRA, DoRA and IA3 as the files that stock PEFT reads, LoRA also vLLM and mistral.rs (PEFT 0.21's format)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,15 @@ from torch import nn
 
 from adapters._attach.swap import base_class
 from adapters._contract import Method, Site, WeightSite
+from adapters._interop import peft_ia3, peft_lora
+from adapters._interop.folder import PREFIX
 from adapters._interop.targets import base_modules, shortest
+from adapters.methods.dora import DoRA
+from adapters.methods.ia3 import IA3
 from adapters.methods.lora import LoRA
 from adapters.methods.qlora import QLoRA
 
-PREFIX = "base_model.model."
-PARTS = {"a": "lora_A.weight", "b": "lora_B.weight"}
+PARTS = peft_lora.PARTS | peft_ia3.PARTS
 TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),
     ("ForTokenClassification", "TOKEN_CLS"),
@@ -46,25 +49,37 @@ def express(
         tensors: our names of the adapter's tensors.
         base: the base's name on the Hub, if it has one.
     """
-    lora = method.lora() if isinstance(method, QLoRA) else method
-    if not isinstance(lora, LoRA):
+    method = method.lora() if isinstance(method, QLoRA) else method
+    if not isinstance(method, LoRA | DoRA | IA3):
         return f"PEFT has no method that computes what {method.name!r} does"
     modules = base_modules(model)
-    owners = {}
-    for site in sites:
-        reason = _inexpressible(site, modules)
-        if reason:
-            return reason
-        assert isinstance(site, WeightSite)
-        owners[site.path] = site.owner
-    targets = shortest(set(owners.values()), modules)
-    if targets is None:
-        return "no list of module names selects exactly the adapted modules"
+    reason = next((reason for site in sites if (reason := _inexpressible(site, modules))), None)
+    if reason is not None:
+        return reason
+    weights = [site for site in sites if isinstance(site, WeightSite)]
+    own = _own(method, weights, tensors, modules)
+    if isinstance(own, str):
+        return own
     saved = _heads(head, modules)
     if saved is None:
         return f"PEFT's modules_to_save cannot name {', '.join(head)} alone"
-    config = _config(lora, targets, saved, _transposed(sites), _task(model, head), base)
+    transposed = any(site.transposed for site in weights)
+    config = _config(own, saved, transposed, _task(model, head), base)
+    owners = {site.path: site.owner for site in weights}
     return PeftFiles((json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), _keys(tensors, owners))
+
+
+def _own(
+    method: LoRA | DoRA | IA3, sites: Sequence[WeightSite], tensors: Sequence[str], modules: Collection[str]
+) -> dict[str, Any] | str:
+    """What the method's own configuration says, its targets included, or why it cannot."""
+    if isinstance(method, IA3):
+        return peft_ia3.ia3_config(method, sites, tensors, modules)
+    targets = shortest({site.owner for site in sites}, modules)
+    if targets is None:
+        return "no list of module names selects exactly the adapted modules"
+    own = peft_lora.lora_config(method, sites)
+    return own if isinstance(own, str) else {**own, "target_modules": targets}
 
 
 def _inexpressible(site: Site, modules: dict[str, nn.Module]) -> str:
@@ -88,10 +103,6 @@ def _heads(head: Sequence[str], modules: dict[str, nn.Module]) -> list[str] | No
     return sorted(head) if alone else None
 
 
-def _transposed(sites: Sequence[Site]) -> bool:
-    return any(isinstance(site, WeightSite) and site.transposed for site in sites)
-
-
 def _task(model: nn.Module, head: Sequence[str]) -> str | None:
     name = base_class(model).__name__
     for ending, task in TASKS:
@@ -106,29 +117,17 @@ def _task(model: nn.Module, head: Sequence[str]) -> str | None:
 
 
 def _config(
-    lora: LoRA, targets: list[str], saved: list[str], transposed: bool, task: str | None, base: str | None
+    own: dict[str, Any], saved: list[str], transposed: bool, task: str | None, base: str | None
 ) -> dict[str, Any]:
     return {
-        "alpha_pattern": {},
         "auto_mapping": None,
         "base_model_name_or_path": base,
-        "bias": "none",
         "fan_in_fan_out": transposed,
         "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
-        "lora_dropout": lora.dropout,
         "modules_to_save": saved or None,
-        "peft_type": "LORA",
-        "r": lora.rank,
-        "rank_pattern": {},
         "revision": None,
-        "target_modules": targets,
         "task_type": task,
-        "use_dora": False,
-        "use_rslora": lora.rslora,
+        **own,
     }
 
 
@@ -137,7 +136,6 @@ def _keys(tensors: Sequence[str], owners: dict[str, str]) -> dict[str, str]:
     for key in tensors:
         path, _, name = key.rpartition(":")
         is_head = path not in owners
-        keys[key] = (
-            f"{PREFIX}{path}.{name.removeprefix('head.')}" if is_head else f"{PREFIX}{owners[path]}.{PARTS[name]}"
-        )
+        part = f"{path}.{name.removeprefix('head.')}" if is_head else f"{owners[path]}.{PARTS[name]}"
+        keys[key] = f"{PREFIX}{part}"
     return keys

@@ -52,8 +52,3 @@ def matched(targets: Any, names: Collection[str]) -> set[str] | None:
         except re.error:
             return None
     return None
-
-
-def pattern_value(patterns: dict[str, Any], path: str, usual: Any) -> Any:
-    """The value of the first of PEFT's patterns that ends `path`, or the usual one."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), usual)

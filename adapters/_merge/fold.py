@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapters._attach import (
-    Adapter,
-    adapters_of,
-    bare_copy,
-    base_parameters,
-    base_weight,
-    detach,
-    tensors_of,
-    unwrapped,
-    using,
-)
-from adapters._contract import WeightMethod, WeightSite
+from adapters._attach import Adapter, adapters_of, bare_copy, detach, tensors_of, unwrapped, using
+from adapters._contract import WeightSite
 from adapters._errors import AdapterError
-from adapters._finite import finite
 from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative
+from adapters._merge.exact import dense_dtype, merged_parameters
 from adapters._merge.measure import inputs_at, main_output, outputs_at, probe_inputs
-from adapters._quantize import check_format, dequantize, is_quantized, quantize, quantized_modules, replace_module
+from adapters._quantize import check_format, dequantize, quantize, quantized_modules, replace_module
 
 
 def merge(
@@ -64,7 +53,10 @@ def merge(
         base = main_output(model, inputs)
     effect = relative(base, expected)
 
-    new, predicted = _merged_weights(model, adapter)
+    merged = merged_parameters(model, adapter)
+    new, predicted = merged.new, merged.predicted
+    for bias in new.keys() - predicted.keys():
+        _check_tied(model, bias, (bias,))
     dtype = next(iter(new.values())).dtype
     computed = _computed_in(quantised)
     coarsest = max((dtype, computed), key=lambda each: torch.finfo(each).eps) if quantised else dtype
@@ -144,39 +136,11 @@ def _check_tied(model: nn.Module, path: str, expected: Collection[str]) -> None:
             raise AdapterError(f"{path} is tied to {other}, which merging would change too: untie them first.")
 
 
-def _merged_weights(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The new weights by path, in storage orientation and the base's dtype, and their relative rounding error."""
-    assert isinstance(adapter.method, WeightMethod)
-    by_site: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors_of(model, adapter.name).items():
-        path, _, name = key.rpartition(":")
-        by_site.setdefault(path, {})[name] = tensor.float()
-    new, predicted, dequantised = {}, {}, _dense_dtype(model)
-    with torch.no_grad():
-        for site in adapter.sites:
-            assert isinstance(site, WeightSite)
-            w = base_weight(model, site)
-            dense = w.dense()
-            exact = adapter.method.changed(dense.float(), by_site[site.path])
-            stored = exact.to(dequantised if is_quantized(w.stored) else dense.dtype)
-            if not finite(stored):
-                raise AdapterError(f"merging {adapter.name!r} makes {site.path} infinite in {_name(stored.dtype)}.")
-            predicted[site.path] = 0.0 if stored is exact else relative(stored, exact)
-            new[site.path] = w.as_stored(stored).contiguous()
-    return new, predicted
-
-
-def _dense_dtype(model: nn.Module) -> torch.dtype:
-    """What a dequantised layer is stored in: the dtype of the parameters around it, most of them."""
-    counts = Counter(p.dtype for p in base_parameters(model).values() if not is_quantized(p) and p.is_floating_point())
-    return counts.most_common(1)[0][0] if counts else torch.bfloat16
-
-
 def _apply(
     model: nn.Module, adapter: Adapter, new: Mapping[str, Tensor], quantised: Mapping[str, nn.Module]
 ) -> Callable[[], None]:
     """Puts the merged weights in place; returns what puts the old ones back."""
-    old_modules, dtype = dict(quantised), _dense_dtype(model)
+    old_modules, dtype = dict(quantised), dense_dtype(model)
     old_data: list[tuple[nn.Parameter, Tensor]] = []
     trained = tensors_of(model, adapter.name) if adapter.head else {}
 
@@ -192,7 +156,8 @@ def _apply(
 
     try:
         for path, module in old_modules.items():
-            replace_module(model, path, _dense_linear(module, new.get(f"{path}.weight"), dtype))
+            merged = new.get(f"{path}.weight"), new.get(f"{path}.bias")
+            replace_module(model, path, _dense_linear(module, *merged, dtype))
         for path, weight in new.items():
             owner, _, name = path.rpartition(".")
             if owner not in old_modules:
@@ -211,12 +176,12 @@ def _apply(
     return undo
 
 
-def _dense_linear(module: nn.Module, merged: Tensor | None, dtype: torch.dtype) -> nn.Module:
+def _dense_linear(module: nn.Module, merged: Tensor | None, offset: Tensor | None, dtype: torch.dtype) -> nn.Module:
     """A plain layer for a 4-bit one, with the merged or else the dequantised weight; Conv1D is restored as such."""
     weight = module._parameters["weight"]
     assert weight is not None
     dense = (merged if merged is not None else dequantize(weight)).to(dtype)
-    bias = module._parameters.get("bias")
+    bias = offset if offset is not None else module._parameters.get("bias")
     n_out, n_in = dense.shape
     if getattr(module, "adapters_transposed", False):
         from transformers.pytorch_utils import Conv1D
@@ -228,7 +193,7 @@ def _dense_linear(module: nn.Module, merged: Tensor | None, dtype: torch.dtype) 
             plain = nn.Linear(n_in, n_out, bias=bias is not None)
     plain.weight = nn.Parameter(dense, requires_grad=False)
     if bias is not None:
-        plain.bias = nn.Parameter(bias.data.to(dense.dtype), requires_grad=False)
+        plain.bias = nn.Parameter(bias.detach().to(dense.dtype), requires_grad=False)
     return plain
 
 

@@ -44,8 +44,10 @@ def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def method_record(method: Method) -> dict[str, Any]:
-    """A method as JSON: its registered name and its fields."""
-    return {"name": method.name, "fields": dataclasses.asdict(method)}
+    """A method as JSON: its registered name and its fields; mappings, whose order counts, as pairs."""
+    fields = dataclasses.asdict(method)
+    pairs = {key: [list(pair) for pair in value.items()] for key, value in fields.items() if isinstance(value, Mapping)}
+    return {"name": method.name, "fields": fields | pairs}
 
 
 def method_of(record: Any) -> Method:

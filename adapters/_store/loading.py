@@ -144,7 +144,7 @@ def _from_peft(model: nn.Module, place: str, view: commit.View) -> tuple[Bundle,
     config, tensors = _peft_files(view)
     found = understand(config, tensors, model, sites(model))
     bundle = Bundle(os.path.basename(os.path.abspath(place)), found.method, found.sites, found.tensors, found.head)
-    return bundle, [f"written by PEFT for {found.base}."] if found.base else ["written by PEFT."]
+    return bundle, [f"written by PEFT for {found.base}." if found.base else "written by PEFT.", *found.notes]
 
 
 def _peft_files(view: commit.View) -> tuple[dict, dict]:  # type: ignore[type-arg]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 from torch import Tensor
 
-from adapters._contract import Factors, Tensors, Weight, WeightMethod, WeightSite
+from adapters._contract import Factors, Site, Tensors, Weight, WeightMethod, WeightSite
 from adapters._registry import add
 from adapters.methods.lora import LoRA
 
@@ -25,20 +26,34 @@ class QLoRA(WeightMethod):
     alpha: float = 32.0
     rslora: bool = False
     dropout: float = 0.0
+    bias: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     quantize: ClassVar[str | None] = "nf4"
 
     def __post_init__(self) -> None:
-        self.lora()  # refuses bad values
+        checked = self.lora()  # refuses bad values
+        object.__setattr__(self, "rank_pattern", checked.rank_pattern)
+        object.__setattr__(self, "alpha_pattern", checked.alpha_pattern)
 
     def lora(self) -> LoRA:
         """The same method without the preset."""
-        return LoRA(self.rank, self.alpha, self.rslora, self.dropout)
+        return LoRA(**vars(self))
+
+    def at(self, site: Site) -> Self:
+        return replace(self, **vars(self.lora().at(site)))
+
+    def review(self, sites: Sequence[Site]) -> tuple[str, ...]:
+        return self.lora().review(sites)
 
     def init(self, site: WeightSite, w: Weight) -> dict[str, Tensor]:
         return self.lora().init(site, w)
 
     def weight(self, w: Tensor, p: Tensors) -> Tensor:
         return self.lora().weight(w, p)
+
+    def offset(self, b: Tensor | None, p: Tensors) -> Tensor | None:
+        return self.lora().offset(b, p)
 
     def factors(self, p: Tensors) -> Factors:
         return self.lora().factors(p)

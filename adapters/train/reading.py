@@ -158,11 +158,18 @@ def _convert(value: Any, hint: Any) -> Any:
         items = [value] if isinstance(value, str) else value
         listed = isinstance(items, list) and all(isinstance(item, str) for item in items)
         return tuple(items) if listed else _REFUSED
+    if get_origin(hint) is Mapping:
+        return _mapping(value, get_args(hint)[1])
     if hint is float:
         return _float(value)
     if hint is type(None):
         return None if value is None else _REFUSED
     return value if type(value) is hint else _REFUSED
+
+
+def _mapping(value: Any, hint: Any) -> Any:
+    items = {key: _convert(item, hint) for key, item in value.items()} if isinstance(value, dict) else {"": _REFUSED}
+    return _REFUSED if any(item is _REFUSED for item in items.values()) else items
 
 
 def _float(value: Any) -> Any:
@@ -180,5 +187,7 @@ def _described(hint: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:
         return "a list of texts"
+    if get_origin(hint) is Mapping:
+        return f"a mapping from targets to {_described(get_args(hint)[1])}"
     named = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
     return named.get(hint, str(hint))

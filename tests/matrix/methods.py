@@ -11,4 +11,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "parallel": ("bottleneck", {"placement": "parallel", "reduction_factor": 8.0, "activation": "gelu", "scale": 4.0}),
     "prefix": ("prefix", {"length": 3}),
     "qlora": ("qlora", {"rank": 4, "alpha": 6.0}),
+    "dora": ("dora", {"rank": 4, "alpha": 6.0}),
+    "ia3": ("ia3", {}),
 }

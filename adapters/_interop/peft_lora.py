@@ -1,0 +1,142 @@
+"""LoRA and DoRA in PEFT's words and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters._contract import Method, WeightSite
+from adapters._errors import AdapterError, DamagedAdapter
+from adapters._interop.folder import CONFIG, PREFIX, FromPeft, require_targets, trained_heads
+from adapters._interop.patterns import from_peft, pattern_value, to_peft
+from adapters._interop.peft_bias import take_biases
+from adapters._sites import SiteMap
+from adapters.methods.dora import DoRA
+from adapters.methods.lora import LoRA
+
+PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
+CONVERTED = "PEFT trained biases of the base: their differences from this model's are the adapter's own now."
+
+
+def lora_config(method: LoRA | DoRA, sites: Sequence[WeightSite]) -> dict[str, Any] | str:
+    """The fields of a LoRA configuration that the method decides, or why there are none."""
+    held = {site.owner: method.at(site) for site in sites}
+    ranks = to_peft({owner: own.rank for owner, own in held.items()}, method.rank)
+    alphas = to_peft({owner: _number(own.alpha) for owner, own in held.items()}, _number(method.alpha))
+    if ranks is None or alphas is None:
+        return "one adapted module's path is the end of another's, which PEFT's patterns cannot tell apart"
+    return {
+        "alpha_pattern": alphas,
+        "bias": "none",
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": _number(method.alpha),
+        "lora_bias": isinstance(method, LoRA) and method.bias,
+        "lora_dropout": method.dropout,
+        "peft_type": "LORA",
+        "r": method.rank,
+        "rank_pattern": ranks,
+        "use_dora": isinstance(method, DoRA),
+        "use_rslora": method.rslora,
+    }
+
+
+def _number(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def read_lora(config: Mapping[str, Any], tensors: dict[str, Tensor], model: nn.Module, sites: SiteMap) -> FromPeft:
+    owners = {site.owner: site for site in sites.weights if site.access == "call"}
+    found = _parts(config, tensors, owners)
+    require_targets(config, set(found), set(owners))
+    adapted = {owner: site for owner, site in owners.items() if owner in found}
+    method = _method(config, {owner: parts["a"].shape[0] for owner, parts in found.items()})
+    shifts = take_biases(config, tensors, model, adapted)
+    changed = any(bool(shift.any()) for shift in shifts.values())
+    if changed:
+        method = _with_biases(method, adapted, found, shifts)
+    head, trained = trained_heads(config, tensors, model)
+    ours = {f"{owners[owner].path}:{name}": part for owner, parts in found.items() for name, part in parts.items()}
+    base = config.get("base_model_name_or_path")
+    notes = (CONVERTED,) if changed else ()
+    return FromPeft(method, tuple(adapted.values()), head, ours | trained, base, notes)
+
+
+def _parts(
+    config: Mapping[str, Any], tensors: dict[str, Tensor], owners: Mapping[str, WeightSite]
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each adapted module by our names, complete and of the right shapes."""
+    names = {part: name for name, part in PARTS.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key in [key for key in tensors if key.endswith(tuple(f".{part}" for part in names))]:
+        owner, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
+        found.setdefault(owner, {})[names[f"lora_{part}"]] = tensors.pop(key)
+    optional = {"magnitude": "use_dora", "bias": "lora_bias"}
+    wanted = {"a", "b", *(name for name, option in optional.items() if config.get(option))}
+    for owner, parts in found.items():
+        if owner not in owners:
+            raise AdapterError(f"the adapter changes {owner}, which is no linear layer of this model.")
+        for name in sorted(wanted ^ set(parts)):
+            what = "lacks" if name in wanted else "holds"
+            raise DamagedAdapter(f"the file {what} {PARTS[name]} of {owner}, unlike what {CONFIG} says.")
+        _check_shapes(owners[owner], parts)
+    return found
+
+
+def _check_shapes(site: WeightSite, parts: Mapping[str, Tensor]) -> None:
+    a, b = parts["a"], parts["b"]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != site.n_in or b.shape != (site.n_out, a.shape[0]):
+        raise AdapterError(
+            f"the adapter's {site.owner} is {list(b.shape)} times {list(a.shape)}, "
+            f"but the layer here is {site.n_out} by {site.n_in}."
+        )
+    for name in ("bias", "magnitude"):
+        if name in parts and parts[name].shape != (site.n_out,):
+            raise AdapterError(
+                f"the adapter's {PARTS[name]} at {site.owner} is {list(parts[name].shape)}, "
+                f"but the layer here has {site.n_out} outputs."
+            )
+
+
+def _method(config: Mapping[str, Any], ranks: Mapping[str, int]) -> LoRA | DoRA:
+    alphas: dict[str, float] = {}
+    for owner, rank in ranks.items():
+        expected = pattern_value(config.get("rank_pattern") or {}, owner, config["r"])
+        if rank != expected:
+            raise DamagedAdapter(f"{owner} has the rank {rank} in the file and {expected} in {CONFIG}.")
+        alphas[owner] = float(pattern_value(config.get("alpha_pattern") or {}, owner, config["lora_alpha"]))
+    rank, rank_pattern = from_peft(ranks, config["r"])
+    alpha, alpha_pattern = from_peft(alphas, float(config["lora_alpha"]))
+    shared: dict[str, Any] = {
+        "rank": rank,
+        "alpha": alpha,
+        "rslora": bool(config.get("use_rslora", False)),
+        "dropout": float(config.get("lora_dropout") or 0.0),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+    return DoRA(**shared) if config.get("use_dora") else LoRA(**shared, bias=bool(config.get("lora_bias", False)))
+
+
+def _with_biases(
+    method: Method,
+    adapted: Mapping[str, WeightSite],
+    found: Mapping[str, dict[str, Tensor]],
+    shifts: Mapping[str, Tensor],
+) -> LoRA:
+    """The method with a bias, and in `found` the biases e of `b' = b + s e` that make the trained ones."""
+    if not isinstance(method, LoRA):
+        raise AdapterError("the file holds trained biases of the base beside DoRA's tensors, and DoRA has no bias.")
+    with_bias = replace(method, bias=True)
+    for owner, site in adapted.items():
+        own, scale = found[owner].get("bias", torch.zeros(site.n_out)), with_bias.at(site).scale
+        shift = shifts.get(owner, torch.zeros(site.n_out))
+        if scale == 0 and shift.any():
+            raise AdapterError(f"the scale of {owner} is 0, and its bias was trained, which one LoRA cannot hold.")
+        found[owner]["bias"] = own + (shift / scale if scale else 0)
+    return with_bias

@@ -1,0 +1,79 @@
+"""What an adapter makes of the base's weights and biases, rounded to what the base stores."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from adapters._attach import Adapter, base_parameters, base_weight, tensors_of
+from adapters._attach.weights import BaseWeight, by_site
+from adapters._contract import Tensors, WeightMethod, WeightSite
+from adapters._errors import AdapterError
+from adapters._finite import finite
+from adapters._merge.certificate import relative
+from adapters._quantize import is_quantized
+
+
+@dataclass
+class Merged:
+    """New parameters by path, as the base stores them, and the relative rounding error of each weight."""
+
+    new: dict[str, Tensor] = field(default_factory=dict)
+    predicted: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def merged_parameters(model: nn.Module, adapter: Adapter) -> Merged:
+    """The weights, and where the method changes them the biases, of all of an adapter's sites.
+
+    Raises:
+        AdapterError: a merged value is infinite in the base's dtype, or a layer has no bias to merge one into.
+    """
+    held = by_site({key: tensor.float() for key, tensor in tensors_of(model, adapter.name).items()})
+    found, dequantised = Merged(), dense_dtype(model)
+    for site in adapter.sites:
+        assert isinstance(site, WeightSite)
+        method, w, p = adapter.method.at(site), base_weight(model, site), held[site.path]
+        assert isinstance(method, WeightMethod)
+        dense = w.dense()
+        exact = method.changed(dense.float(), p)
+        stored = exact.to(dequantised if is_quantized(w.stored) else dense.dtype)
+        _require_finite(adapter, site.path, stored)
+        found.predicted[site.path] = 0.0 if stored is exact else relative(stored, exact)
+        found.new[site.path] = w.as_stored(stored).contiguous()
+        if site.access == "call":
+            found.new.update(_merged_bias(adapter, method, site, w, p))
+    return found
+
+
+def _merged_bias(
+    adapter: Adapter, method: WeightMethod, site: WeightSite, w: BaseWeight, p: Tensors
+) -> dict[str, Tensor]:
+    b = w.bias()
+    wide = None if b is None else b.float()
+    offset = method.offset(wide, p)
+    if offset is wide or offset is None:
+        return {}
+    if b is None:
+        raise AdapterError(
+            f"{adapter.name!r} trains a bias at {site.owner}, which has none, so it cannot be merged: keep it attached."
+        )
+    rest = sum((other.float() for other in w.biases()[1:]), start=torch.zeros_like(offset))
+    path, stored = f"{site.owner}.{w.added[0]}", (offset - rest).to(b.dtype)
+    _require_finite(adapter, path, stored)
+    return {path: stored}
+
+
+def _require_finite(adapter: Adapter, path: str, stored: Tensor) -> None:
+    if not finite(stored):
+        dtype = str(stored.dtype).removeprefix("torch.")
+        raise AdapterError(f"merging {adapter.name!r} makes {path} infinite in {dtype}.")
+
+
+def dense_dtype(model: nn.Module) -> torch.dtype:
+    """What a dequantised layer is stored in: the dtype of the parameters around it, most of them."""
+    counts = Counter(p.dtype for p in base_parameters(model).values() if not is_quantized(p) and p.is_floating_point())
+    return counts.most_common(1)[0][0] if counts else torch.bfloat16
