@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import adapters
 from adapters._attach import adapters_of
+from adapters._merge import exact
 from benchmarks.measure import Pair, Row, Side
 from benchmarks.twins import LORA, NAME, Setting, close, saved, shake
 
@@ -26,9 +27,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}  # of the change, which b
 
 def _arithmetic(model: nn.Module) -> nn.Module:
     adapter = adapters_of(model)[NAME]
-    with mock.patch.object(MERGE, "relative", return_value=0.0):
-        new, _ = MERGE._merged_weights(model, adapter)
-    MERGE._apply(model, adapter, new, [])
+    with mock.patch.object(exact, "relative", return_value=0.0):
+        merged = exact.merged_parameters(model, adapter)
+    MERGE._apply(model, adapter, merged.new, [])
     adapters.detach(model, NAME)
     return model
 
@@ -69,7 +70,7 @@ def _rounding(setting: Setting) -> Pair:
     model = setting.base(torch.float32)
     adapters.load(model, saved(setting, model, "rounding", "lora", **LORA), name=NAME)
     adapter = adapters_of(model)[NAME]
-    return Pair(Side(lambda: MERGE._merged_weights(model, adapter)[1], after=lambda found: len(found)))
+    return Pair(Side(lambda: exact.merged_parameters(model, adapter).predicted, after=lambda found: len(found)))
 
 
 def _certified(setting: Setting) -> Pair:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import adapters
 from adapters._attach import install, replace, tensors_of
+from adapters._sites import site_of
 from adapters._store import bundle, commit, fingerprints, record, saving
 from benchmarks.measure import Pair, Row, Side
 from benchmarks.twins import LORA, NAME, Setting, close, equal, saved, twins
@@ -31,7 +32,7 @@ def raw(folder: Path) -> tuple[Any, tuple[Any, ...], dict[str, Tensor]]:
     with commit.reading(folder) as view:
         about, stored = json.loads(view[bundle.RECORD]), record.parse(view[bundle.WEIGHTS])
     tensors = {key: stored[entry["file_key"]] for key, entry in about["tensors"].items()}
-    return bundle.method_of(about["method"]), tuple(map(bundle.site_of, about["sites"])), tensors
+    return bundle.method_of(about["method"]), tuple(map(site_of, about["sites"])), tensors
 
 
 def total(model: nn.Module) -> float:

@@ -34,6 +34,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     nf4: bool = False
+    sites: adapters.SiteMap | None = None
     noise: float = 0.08
 
     def base(self) -> nn.Module:
@@ -44,7 +45,7 @@ class Case:
 
     def attach(self, model: nn.Module, name: str = "fr", **more: Any) -> Any:
         torch.manual_seed(3)
-        return adapters.attach(model, self.method, name=name, **{**self.options, **more})
+        return adapters.attach(model, self.method, name=name, sites=self.sites, **{**self.options, **more})
 
     def shaken(self, name: str = "fr", seed: int = 11) -> nn.Module:
         model = self.base()

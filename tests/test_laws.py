@@ -12,8 +12,6 @@ import tiny
 import torch
 from laws import LAWS, Case
 
-import adapters
-
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"rank": 4, "alpha": 6.0}),
     "rslora": ("lora", {"rank": 3, "alpha": 2.0, "rslora": True}),
@@ -32,8 +30,6 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PRECISIONS = {"qlora": ("nf4",), "patterns": ("fp32", "nf4")}  # the layers of an nf4 base compute in bf16
 NOISE = {"ia3": 1.0}  # scaling alone moves the outputs of bf16 little more than rounding does
-# attention written out by hand never reaches the attention interface, so a prefix is refused there
-REFUSED = {("odd", "prefix")}
 
 
 def cases() -> list[Any]:
@@ -41,8 +37,6 @@ def cases() -> list[Any]:
     for name in tiny.NAMES:
         for label, (method, options) in OPTIONS.items():
             for precision in PRECISIONS.get(label, ("fp32", "bf16", "nf4")):
-                if (name, label) in REFUSED:
-                    continue
                 dtype = torch.float32 if precision == "fp32" else torch.bfloat16
                 build, batch = partial(tiny.build, name, dtype), tiny.inputs(name)
                 case = Case(build, batch, method, options, dtype, precision == "nf4", NOISE.get(label, 0.08))
@@ -54,10 +48,3 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize("case", cases())
 def test_law(case: Case, law: Callable[[Case, Path], None], tmp_path: Path) -> None:
     law(case, tmp_path / "adapter")
-
-
-@pytest.mark.parametrize(("name", "label"), sorted(REFUSED))
-def test_refused_with_a_reason(name: str, label: str) -> None:
-    method, options = OPTIONS[label]
-    with pytest.raises(adapters.AdapterError, match="attention"):
-        adapters.attach(tiny.build(name), method, **options)

@@ -73,7 +73,7 @@ KEYVALUES = {  # path in block 0, heads, width, causal
     "modernbert": ("model.layers.0.attn", 4, 16, False),
     "qwen3_moe": ("model.layers.0.self_attn", 2, 16, True),
     "bert_classifier": ("bert.encoder.layer.0.attention.self", 4, 16, False),
-    "odd": None,  # its attention is written by hand
+    "odd": ("storeys.0.gaze", 4, 16, True),  # its attention is written by hand
 }
 MAPS: dict[str, SiteMap] = {}
 
@@ -110,14 +110,12 @@ def test_streams(name: str) -> None:
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_keys_and_values(name: str) -> None:
-    found, expected = mapped(name).keyvalues, KEYVALUES[name]
-    if expected is None:
-        assert found == ()
-    else:
-        first = found[0]
-        assert first.k_dim == first.v_dim
-        assert (first.path, first.heads, first.k_dim, first.causal) == expected
-        assert len(found) == len(mapped(name).streams) // 2
+    found = mapped(name).keyvalues
+    first = found[0]
+    assert first.k_dim == first.v_dim
+    assert (first.path, first.heads, first.k_dim, first.causal) == KEYVALUES[name]
+    assert (first.product is None) is (name != "odd")
+    assert len(found) == len(mapped(name).streams) // 2
 
 
 def test_experts_are_one_read_site() -> None:
@@ -354,8 +352,9 @@ def test_a_target_that_matches_nothing_is_an_error_that_names_what_exists(
 
 
 def test_a_model_without_the_kind_of_site_is_refused() -> None:
-    with pytest.raises(AdapterError, match="OddForCausalLM has no keyvalue site, which anykeyvalue needs"):
-        select(mapped("odd"), AnyKeyValue())
+    found = sites(Plain(), example=torch.randn(2, 5, 8))
+    with pytest.raises(AdapterError, match="Plain has no keyvalue or layer site, which anykeyvalue needs"):
+        select(found, AnyKeyValue())
 
 
 class Plain(nn.Module):

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import adapters
 from adapters._attach import tensors_of
+from adapters._sites import site_of, site_record
 from adapters._store import record
-from adapters._store.bundle import CARD, CONFIG, RECORD, WEIGHTS, site_of, site_record
+from adapters._store.bundle import CARD, CONFIG, RECORD, WEIGHTS
 
 METHODS = ["lora", "qlora", "bottleneck", "prefix"]
 
@@ -190,7 +191,8 @@ FORGERIES: list[tuple[str, Callable[[dict[str, Any], dict[str, Tensor]], object]
     ("infinity", lambda f, t: t[first(t)].view(-1)[-1:].fill_(float("inf")), "not finite"),
     ("shape", lambda f, t: t.update({first(t): torch.ones(3, 3)}), "another shape or type"),
     ("dtype", lambda f, t: t.update({first(t): t[first(t)].half()}), "another shape or type"),
-    ("format", lambda f, t: f.update(format=2), "format '2'; this version reads format 1"),
+    ("format", lambda f, t: f.update(format=3), "format '3'; this version reads formats up to 2"),
+    ("map", lambda f, t: f["map"]["weights"][0].pop("role"), "does not know"),
     ("no format", lambda f, t: f.pop("format"), "format"),
     ("extra field", lambda f, t: f.update(run="x"), "canonical"),
     ("traversal", lambda f, t: f["files"].update({"../x": {"bytes": 1, "sha256": ""}}), "other files"),

@@ -19,6 +19,7 @@ from adapters._contract import KeyValueMethod, Method, Site
 from adapters._errors import AdapterError
 from adapters._heads import base_model
 from adapters._quantize import guard_against_repacking
+from adapters._sites import SiteMap
 
 
 def install(
@@ -32,6 +33,7 @@ def install(
     trainable: bool = False,
     activate: bool = True,
     facts: Mapping[str, object] | None = None,
+    map: SiteMap | None = None,
 ) -> Adapter:
     """Adds an adapter whose tensors exist already, keyed `f"{site.path}:{tensor}"` and `f"{head}:head.{parameter}"`.
 
@@ -51,6 +53,7 @@ def install(
         place(model, state, made, trainable)
         _inject(state, adapter)
         state.adapters = {**state.adapters, name: adapter}
+        state.map = map or state.map
         if activate:
             state.active = (adapter,)
     except BaseException:  # an interrupt, whose moment nobody chooses

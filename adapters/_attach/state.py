@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from adapters._contract import Method, Site
+from adapters._sites import SiteMap
 
 STATE = "_adapter_state"  # the name, in a module's __dict__, of the model's State
 FACES = "_adapter_faces"  # the name, in a module's __dict__, of what its swapped class adds
@@ -48,6 +49,7 @@ class State:
     active: Selection = ()
     compiled: Selection | None = None  # what `using` chose, for compiled code, which cannot follow context variables
     required_grad: dict[str, bool] = field(default_factory=dict)  # of the base's parameters, before the first attach
+    map: SiteMap | None = None  # of the base, once it was traced or an adapter brought it along
     base_path: str = ""  # of the base model below the heads, with a dot at its end
     inputs_require_grad: bool = False  # of the base, so that gradients reach the adapters at all
     made: int = 0  # slots made so far; a slot is never used twice

@@ -15,6 +15,7 @@ from adapters._attach.install import base_parameters, check_attachable, install,
 from adapters._attach.report import AttachReport, describe, in_short
 from adapters._attach.start import prefix_start
 from adapters._attach.state import State, adapters_of, choosing, state_of, unwrapped
+from adapters._attach.swap import base_class
 from adapters._attach.weights import base_weight, bias_notes
 from adapters._contract import (
     KeyValueMethod,
@@ -30,7 +31,8 @@ from adapters._contract import (
 from adapters._errors import AdapterError, nearest
 from adapters._heads import base_model, output_embeddings
 from adapters._quantize import elements, quantize, quantized_modules
-from adapters._sites import select, sites
+from adapters._sites import SiteMap, select
+from adapters._sites import sites as trace
 
 Targets = str | Iterable[str] | Callable[[Site], bool]
 
@@ -44,6 +46,7 @@ def attach(
     head: bool | Iterable[str] | None = None,
     tokenizer: Any = None,
     example: Mapping[str, Any] | None = None,
+    sites: SiteMap | None = None,
     dtype: torch.dtype = torch.float32,
     **hyperparameters: Any,
 ) -> AttachReport:
@@ -59,6 +62,8 @@ def attach(
             The output embeddings of language models are not task heads.
         tokenizer: needed by a prefix that starts from text.
         example: keyword arguments of one forward, where the probe cannot make them.
+        sites: the model's map, from `adapters.sites(model)` or `SiteMap.load`; without it the model is traced once, and
+            not again while anything is attached or if an adapter that was loaded brought the map along.
         dtype: of the trained tensors: float32, or bfloat16 to halve their memory.
         hyperparameters: fields of the method.
 
@@ -80,8 +85,7 @@ def attach(
         raise AdapterError(f"dtype is {dtype}; trained tensors are float32, bfloat16 or float16.")
     model = unwrapped(model)
     check_attachable(model, name)
-    with using(model, None):
-        found = sites(model, example)
+    found = _map(model, sites, example)
     chosen = select(found, chosen_method, targets)
     heads = _heads(model, head)
     check_free(model, [*(_owner(site) for site in chosen), *heads])
@@ -94,10 +98,22 @@ def attach(
     for path in heads:
         parameters = bare_copy(model.get_submodule(path)).named_parameters()
         tensors.update({f"{path}:head.{key}": p.detach().to(dtype).clone() for key, p in parameters})
-    install(model, name, chosen_method, chosen, tensors, head=heads, trainable=True, facts=facts)
+    install(model, name, chosen_method, chosen, tensors, head=heads, trainable=True, facts=facts, map=found)
     roles, share, left = describe(found, chosen)
     size, base = sum(t.numel() for t in tensors.values()), sum(map(elements, base_parameters(model).values()))
     return AttachReport(name, in_short(chosen_method), roles, size, base, share, heads, left, tuple(notes))
+
+
+def _map(model: nn.Module, given: SiteMap | None, example: Mapping[str, Any] | None) -> SiteMap:
+    """The map given, the one that is known, or a fresh one; an example may reach more than was reached before."""
+    state, name = state_of(model), base_class(model).__name__
+    if given is not None and given.model != name:
+        raise AdapterError(f"the map given is that of a {given.model}, and this model is a {name}: trace it anew.")
+    known = state.map if state is not None and example is None else None
+    if given is None and known is None:
+        with using(model, None):
+            return trace(model, example)
+    return given if given is not None else cast(SiteMap, known)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -89,6 +92,32 @@ class SiteMap:
             return cls(str(record["model"]), **sites, **left)  # type: ignore[arg-type]
         except (KeyError, TypeError) as error:
             raise DamagedAdapter(f"this is no site map: {error}.") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the map as JSON, whole or not at all; `attach(..., sites=SiteMap.load(path))` then needs no trace."""
+        target = os.fspath(path)
+        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(target) or ".", delete=False) as file:
+            try:
+                json.dump(self.to_dict(), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, target)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SiteMap:
+        """The map that `save` wrote.
+
+        Raises:
+            DamagedAdapter: the file is not one.
+        """
+        with open(path) as file:
+            try:
+                return cls.from_dict(json.load(file))
+            except ValueError as error:
+                raise DamagedAdapter(f"{os.fspath(path)} is no site map: {error}.") from error
 
     def __str__(self) -> str:
         coverage = coverage_line(self.default_size, self.other_size, self.unreached_size)

@@ -33,6 +33,7 @@ class Bundle:
     labels: Mapping[str, str] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+    map: Mapping[str, Any] | None = None  # every site of the base, as SiteMap.to_dict gives them
     notes: tuple[str, ...] = ()
 
 

@@ -9,10 +9,11 @@ from typing import Literal
 
 from torch import nn
 
-from adapters._attach import adapters_of, install, replace
+from adapters._attach import adapters_of, install, replace, state_of
 from adapters._contract import Site
 from adapters._errors import AdapterError, DamagedAdapter, WrongBase, nearest
 from adapters._interop.peft_read import parse_config, understand
+from adapters._sites import SiteMap, sites
 from adapters._store import commit
 from adapters._store.bundle import CONFIG, OWNED, RECORD, WEIGHTS, Bundle, method_record, require_finite
 from adapters._store.fingerprints import check
@@ -58,8 +59,16 @@ def load(
         trainable=trainable,
         activate=activate,
         facts=bundle.facts,
+        map=_map(model, bundle),
     )
     return _report(place, chosen, bundle, base, notes)
+
+
+def _map(model: nn.Module, bundle: Bundle) -> SiteMap | None:
+    """The map of the base's sites that the adapter brought along, where none is known yet."""
+    state = state_of(model)
+    known = state is not None and state.map is not None
+    return SiteMap.from_dict(bundle.map) if bundle.map is not None and not known else None
 
 
 def swap(model: nn.Module, name: str, folder: str | os.PathLike[str], force: Force | None = None) -> LoadReport:
@@ -139,11 +148,12 @@ def _read(model: nn.Module, folder: str | os.PathLike[str]) -> tuple[str, Bundle
 
 
 def _from_peft(model: nn.Module, place: str, view: commit.View) -> tuple[Bundle, list[str]]:
-    from adapters._sites import sites  # tracing is needed only for folders that do not carry their sites
-
     config, tensors = _peft_files(view)
-    found = understand(config, tensors, model, sites(model))
-    bundle = Bundle(os.path.basename(os.path.abspath(place)), found.method, found.sites, found.tensors, found.head)
+    state = state_of(model)
+    known = state.map if state is not None and state.map is not None else sites(model)
+    found = understand(config, tensors, model, known)
+    name = os.path.basename(os.path.abspath(place))
+    bundle = Bundle(name, found.method, found.sites, found.tensors, found.head, map=known.to_dict())
     return bundle, [f"written by PEFT for {found.base}." if found.base else "written by PEFT.", *found.notes]
 
 
@@ -193,8 +203,6 @@ def _check_base(model: nn.Module, bundle: Bundle, force: str | None) -> str:
 
 def _same_sites(model: nn.Module, bundle: Bundle) -> None:
     """What no force can help: a model that has not the adapter's sites, in their sizes, would fail in its forward."""
-    from adapters._sites import sites
-
     found = sites(model)
     known: list[Site] = [*found.weights, *found.streams, *found.keyvalues]
     here = {_size(site) for site in known}

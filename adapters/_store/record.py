@@ -30,11 +30,12 @@ from adapters._store.bundle import (
 )
 from adapters._store.commit import View
 
-FORMAT = 1
+FORMAT, READABLE = 2, (1, 2)  # 1 had no map of the base's sites
 LARGEST_RECORD = 256 << 20  # bytes; a record of 100,000 tensors takes 30 MB
 KEYS = {"format", "name", "method", "sites", "head", "labels", "base", "tensors", "files", "versions", "facts"} | {
     "training",
     "created",
+    "map",
     "digest",
 }
 
@@ -65,6 +66,7 @@ def encode(bundle: Bundle, file_keys: Mapping[str, str], config: bytes | None, w
         "facts": dict(bundle.facts),
         "training": dict(bundle.training),
         "created": bundle.created,
+        "map": bundle.map,
         "digest": "",
     }
     return _text({**record, "digest": _sha(_text(record))})
@@ -92,6 +94,7 @@ def decode(view: View) -> Bundle:
         labels=record["labels"],
         versions=_typed(record, "versions", dict),
         created=_typed(record, "created", str),
+        map=record.get("map"),
     )
 
 
@@ -103,10 +106,10 @@ def _record(view: View) -> dict[str, Any]:
         record = json.loads(raw.decode("ascii"), object_pairs_hook=_unique, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         raise DamagedAdapter(f"{RECORD} is not the JSON that was written: it is truncated or damaged.") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if not isinstance(record, dict) or record.get("format") not in READABLE:
         have = record.get("format") if isinstance(record, dict) else None
-        raise DamagedAdapter(f"{RECORD} has the format {str(have)[:20]!r}; this version reads format {FORMAT}.")
-    if set(record) != KEYS or not _canonical(record, raw):
+        raise DamagedAdapter(f"{RECORD} has the format {str(have)[:20]!r}; this version reads formats up to {FORMAT}.")
+    if set(record) != (KEYS if record["format"] == FORMAT else KEYS - {"map"}) or not _canonical(record, raw):
         raise DamagedAdapter(f"{RECORD} was altered after it was written: its text is not the canonical one.")
     if _sha(_text({**record, "digest": ""})) != record["digest"]:
         raise DamagedAdapter(f"{RECORD} was altered after it was written: its digest does not match.")

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from adapters._attach import Adapter, adapters_of, tensors_of
+from adapters._attach import Adapter, adapters_of, state_of, tensors_of
 from adapters._errors import AdapterError, DamagedAdapter, nearest
 from adapters._interop.peft_write import PeftFiles, express
 from adapters._store import commit
@@ -111,8 +111,14 @@ def _bundle(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor], f
         training=json_safe(facts),
         labels={str(key): str(value) for key, value in labels.items()} if labels else None,
         versions=_versions(),
+        map=_map(model),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _map(model: nn.Module) -> dict[str, Any] | None:
+    state = state_of(model)
+    return state.map.to_dict() if state is not None and state.map is not None else None
 
 
 def base_name(model: nn.Module) -> str | None:

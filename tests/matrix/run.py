@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def _method(
     case = Case(lambda: copy.deepcopy(model), batch, name, options, dtype, nf4)
     try:
         case.attach(case.base())
+        case = replace(case, sites=adapters.sites(model))  # traced once; the laws hold for a map as for a trace
     except adapters.AdapterError as error:
         emit((label, "", "refused", str(error), 0.0))
         return
