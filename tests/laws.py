@@ -19,7 +19,7 @@ import adapters
 from adapters._attach import adapters_of, base_parameters, base_weight, tensors_of
 from adapters._attach.weights import by_site
 from adapters._contract import KeyValueMethod, WeightMethod, WeightSite
-from adapters._quantize import is_quantized
+from adapters._fourbit import is_quantized
 
 GRAD_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import adapters
 from adapters._attach import tensors_of
-from adapters._quantize import dequantize, quantized_modules
+from adapters._fourbit import dequantize, elements, is_quantized, quantized_modules
 
 
 def quantized(name: str = "llama", compute: torch.dtype = torch.bfloat16) -> Any:
@@ -30,12 +30,15 @@ def test_every_linear_layer_but_the_head_is_quantised_and_the_rest_reported(name
     layers = {path: module for path, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
     original = {path: module.weight.detach().clone() for path, module in layers.items()}
     report = adapters.quantize(model, "nf4")
-    heads = {path for path in layers if path.split(".")[0] in ("lm_head", "classifier")}
+    heads = {path for path in layers if path.split(".")[0] in ("lm_head", "classifier") or "pooler" in path}
     assert set(report.quantized) == set(layers) - heads
     assert {path for path, _ in quantized_modules(model)} == set(report.quantized)
     assert heads <= {path.removesuffix(".weight") for path in report.left}
-    if name == "qwen3_moe":
-        assert any("experts.gate_up_proj" in path for path in report.left)
+    stacks = {
+        path: p for path, p in model.named_parameters() if path.rpartition(".")[2] in ("gate_up_proj", "down_proj")
+    }
+    assert set(report.stacks) == set(stacks)
+    assert all(is_quantized(p) for p in stacks.values())
     for path in report.quantized:
         module = model.get_submodule(path)
         stored = original[path].mT if type(layers[path]).__name__ == "Conv1D" else original[path]
@@ -43,8 +46,10 @@ def test_every_linear_layer_but_the_head_is_quantised_and_the_rest_reported(name
         assert module.weight.quant_state.nested  # double quantisation
         packed, state = bnb.functional.quantize_4bit(stored.contiguous(), quant_type="nf4", compress_statistics=True)
         assert torch.equal(dequantize(module.weight), bnb.functional.dequantize_4bit(packed, state))
-    assert report.weights == sum(original[path].numel() for path in report.quantized)
-    assert report.bytes_after < 0.6 * report.bytes_before or name == "qwen3_moe"
+    held = sum(original[path].numel() for path in report.quantized) + sum(map(elements, stacks.values()))
+    assert report.weights == held
+    assert report.fraction == 2 * held / report.bytes_before
+    assert report.bytes_after < 0.6 * report.bytes_before
 
 
 def test_quantising_is_refused_where_it_would_do_nothing() -> None:

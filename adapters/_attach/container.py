@@ -29,6 +29,7 @@ from adapters._contract import (
     WeightSite,
 )
 from adapters._errors import AdapterError
+from adapters._fourbit import Packed, Readable, as_dense
 
 CHILD = "adapters"
 
@@ -125,24 +126,24 @@ class ReadWeight(Entry):
     def __init__(self, method: WeightMethod, site: WeightSite, tensors: Mapping[str, Tensor], w: BaseWeight) -> None:
         super().__init__(method, site, tensors, w=w)
 
-    def forward(self, stored: Tensor | Factored | ScaledWeight) -> Tensor | Factored | ScaledWeight:
+    def forward(self, stored: Readable | Factored | ScaledWeight) -> Readable | Factored | ScaledWeight:
         method, p, w = cast(WeightMethod, self.method), self.tensors(), self.w
-        if isinstance(stored, Tensor):
+        if isinstance(stored, Tensor | Packed):
             low = method.factors(p)
             if low is not None:
                 return self._factored(stored, low)
             scaled, inputs = method.scaled(w, p), method.inputs(p)
             if (scaled is not None or inputs is not None) and not w.folded:
                 return self._scaled(stored, scaled, inputs)
-        dense = stored if isinstance(stored, Tensor) else stored.dense("a second adapter")
+        dense = stored.dense("a second adapter") if isinstance(stored, Factored | ScaledWeight) else as_dense(stored)
         return w.as_stored(method.changed(w.seen(dense), p)).to(dense.dtype)
 
-    def _factored(self, stored: Tensor, low: Factors) -> Factored:
+    def _factored(self, stored: Readable, low: Factors) -> Factored:
         left, right = (low.right.mT, low.left.mT) if self.w.transposed else (low.left, low.right)
         dropout = _dropout(self.method) if self.training else 0.0
         return Factored(stored, left.to(stored.dtype), right.to(stored.dtype), low.scale, dropout)
 
-    def _scaled(self, stored: Tensor, scaled: Scaled | None, inputs: Tensor | None) -> ScaledWeight:
+    def _scaled(self, stored: Readable, scaled: Scaled | None, inputs: Tensor | None) -> ScaledWeight:
         low, outputs = (None, None) if scaled is None else (scaled.low, scaled.outputs)
         inner = stored if low is None else self._factored(stored, low)
         return ScaledWeight(inner, *((inputs, outputs) if self.w.transposed else (outputs, inputs)))

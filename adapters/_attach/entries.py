@@ -50,7 +50,7 @@ from adapters._contract import (
     WeightSite,
 )
 from adapters._errors import AdapterError
-from adapters._quantize import is_quantized
+from adapters._fourbit import is_quantized
 
 
 @dataclass(frozen=True)

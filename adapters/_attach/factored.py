@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from adapters._fourbit import Readable, as_dense
+
 formed_densely: Counter[str] = Counter()  # how often, by the function that asked
 Shortcut: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Tensor | None]
 shortcuts: dict[str, Shortcut] = {}  # by the name of the torch function; None: not in this case
@@ -36,13 +38,14 @@ class Factored:
 
     __slots__ = ("base", "dropout", "left", "right", "scale")
 
-    def __init__(self, base: Tensor, left: Tensor, right: Tensor, scale: float, dropout: float = 0.0) -> None:
-        self.base, self.left, self.right, self.scale, self.dropout = base, left, right, scale, dropout
+    def __init__(self, base: Readable, left: Tensor, right: Tensor, scale: float, dropout: float = 0.0) -> None:
+        self.base: Any = base  # a tensor, or what stands for one in 4 bits
+        self.left, self.right, self.scale, self.dropout = left, right, scale, dropout
 
     @property
     def kernel(self) -> bool:
         """Whether the base has more axes than its factors."""
-        return self.base.dim() > self.left.dim()
+        return bool(self.base.dim() > self.left.dim())
 
     def dropped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.to(dtype)
@@ -51,9 +54,10 @@ class Factored:
     def dense(self, asked_by: str = "dense") -> Tensor:
         formed_densely[asked_by] += 1
         change = (self.scale * (self.left @ self.right)).to(self.base.dtype)
-        return self.base + (change.view(self.base.shape) if self.kernel else change)
+        whole: Tensor = as_dense(self.base)
+        return whole + (change.view(whole.shape) if self.kernel else change)
 
-    def with_parts(self, change: Callable[[Tensor], Tensor]) -> Factored:
+    def with_parts(self, change: Callable[[Any], Any]) -> Factored:
         return Factored(change(self.base), change(self.left), change(self.right), self.scale, self.dropout)
 
     def __getitem__(self, index: Any) -> Any:

@@ -17,8 +17,8 @@ from adapters._attach.state import ENTER, FACES, STATE, Adapter, State, state_of
 from adapters._attach.swap import CHECKPOINT, INPUT, PREPARE, add_faces, strip
 from adapters._contract import KeyValueMethod, Method, Site
 from adapters._errors import AdapterError
+from adapters._fourbit import guard_against_repacking
 from adapters._heads import base_model
-from adapters._quantize import guard_against_repacking
 from adapters._sites import SiteMap
 
 

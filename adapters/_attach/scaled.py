@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from adapters._attach.factored import _METADATA, Factored, formed_densely
+from adapters._fourbit import Readable, as_dense
 
 
 class ScaledWeight:
@@ -22,12 +23,12 @@ class ScaledWeight:
 
     __slots__ = ("base", "columns", "rows")
 
-    def __init__(self, base: Tensor | Factored, rows: Tensor | None, columns: Tensor | None) -> None:
+    def __init__(self, base: Readable | Factored, rows: Tensor | None, columns: Tensor | None) -> None:
         self.base, self.rows, self.columns = base, rows, columns
 
     def dense(self, asked_by: str = "dense") -> Tensor:
-        base = self.base.dense(asked_by) if isinstance(self.base, Factored) else self.base
-        formed_densely[asked_by] += isinstance(self.base, Tensor)
+        base = self.base.dense(asked_by) if isinstance(self.base, Factored) else as_dense(self.base)
+        formed_densely[asked_by] += not isinstance(self.base, Factored)
         scaled = base if self.rows is None else base * self.rows.unsqueeze(-1)
         return (scaled if self.columns is None else scaled * self.columns.unsqueeze(-2)).to(base.dtype)
 

@@ -30,6 +30,7 @@ from adapters._attach.state import (
     selection,
 )
 from adapters._attach.virtual import entry_call, layer_call
+from adapters._fourbit import stored_or_packed
 
 BASE = "_adapter_base_class"
 # faces: what a subclass adds, beside ENTER
@@ -207,7 +208,7 @@ def _save_pretrained(self: nn.Module, save_directory: str, *args: Any, **kwargs:
 
 def _reader(parameter: str) -> Callable[[nn.Module], Any]:
     def read(self: nn.Module) -> Any:
-        stored: Any = self._parameters[parameter]
+        stored: Any = stored_or_packed(self._parameters[parameter])
         held, state = self._modules.get(CHILD), self.__dict__.get(STATE)
         if held is not None and state is not None:
             for adapter in selection(state):

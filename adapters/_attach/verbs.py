@@ -29,8 +29,9 @@ from adapters._contract import (
     WeightSite,
 )
 from adapters._errors import AdapterError, nearest
+from adapters._fourbit import elements, quantized_parameters
 from adapters._heads import base_model, output_embeddings
-from adapters._quantize import elements, quantize, quantized_modules
+from adapters._quantize import quantize
 from adapters._sites import SiteMap, select
 from adapters._sites import sites as trace
 
@@ -178,7 +179,7 @@ def _chosen(model: nn.Module, name: str | None) -> tuple[Any, ...]:
 def _quantized(model: nn.Module, method: Method) -> list[str]:
     if method.quantize is None:
         return []
-    if any(True for _ in quantized_modules(model)):
+    if any(True for _ in quantized_parameters(model)):
         return ["the base was in 4 bits already"]
     return [f"the base was quantised, which detach does not undo. {quantize(model, method.quantize)}"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapters._contract import Method, Site, WeightMethod, WeightSite
 from adapters._errors import AdapterError
-from adapters._quantize import dequantize, is_quantized
+from adapters._fourbit import dequantize, is_quantized, shape_of
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class BaseWeight:
 
     @property
     def transposed(self) -> bool:
-        # a Conv1D that was quantised in place holds its weight as (n_out, n_in)
-        return self.stored_transposed and not is_quantized(self.stored)
+        # a Conv1D that was quantised in place holds its weight as (n_out, n_in); stacks of experts stay as they are
+        turned = is_quantized(self.stored) and len(shape_of(self.stored)) == 2
+        return self.stored_transposed and not turned
 
     def dense(self) -> Tensor:
         stored = self.stored
@@ -42,9 +43,7 @@ class BaseWeight:
                 f"{self.parameter} of a {type(self.owner).__name__} is offloaded, and this method reads it outside of "
                 "the layer's own forward: load the base without offloading."
             )
-        if is_quantized(stored):
-            return dequantize(stored)
-        return self.seen(stored)
+        return self.seen(dequantize(stored) if is_quantized(stored) else stored)
 
     def seen(self, stored: Tensor) -> Tensor:
         """A tensor in the shape of the stored parameter, in the contract's orientation."""

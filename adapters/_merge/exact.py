@@ -13,8 +13,8 @@ from adapters._attach.weights import BaseWeight, by_site
 from adapters._contract import Tensors, WeightMethod, WeightSite
 from adapters._errors import AdapterError
 from adapters._finite import finite
+from adapters._fourbit import is_quantized
 from adapters._merge.certificate import relative
-from adapters._quantize import is_quantized
 
 
 @dataclass

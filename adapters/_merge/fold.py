@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from adapters._attach import Adapter, adapters_of, bare_copy, detach, tensors_of, unwrapped, using
 from adapters._contract import WeightSite
 from adapters._errors import AdapterError
+from adapters._fourbit import quantized_modules, quantized_stacks, replace_module
 from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative
 from adapters._merge.exact import dense_dtype, merged_parameters
 from adapters._merge.measure import inputs_at, main_output, outputs_at, probe_inputs
-from adapters._quantize import check_format, dequantize, quantize, quantized_modules, replace_module
+from adapters._quantize import check_format, dense_module, quantize, restore_stacks, settle_stacks
 
 
 def merge(
@@ -44,7 +45,8 @@ def merge(
     model = unwrapped(model)
     adapter = _mergeable(model, name)
     quantised = dict(quantized_modules(model))
-    _check_requantize(requantize, quantised)
+    stacks = [path for path, _, _ in quantized_stacks(model)]
+    _check_requantize(requantize, {*quantised, *stacks})
     inputs = dict(example) if example is not None else probe_inputs(model)
     with using(model, name):
         seen_inputs = inputs_at(model, adapter, inputs)
@@ -75,12 +77,14 @@ def merge(
         undo()
         raise
     detach(model, name)
+    settle_stacks(model)
     notes: list[str] = []
     if requantize is not None:
-        quantize(model, requantize, only=quantised, compute_dtype=computed)
+        quantize(model, requantize, only={*quantised, *stacks}, compute_dtype=computed)
         error = relative(main_output(model, inputs), expected)
         notes.append(f"put back into {requantize} as asked: that rounding is the error above")
-    path = f"dequantised from nf4 to {_name(dtype)}, then merged" if quantised else f"in place in {_name(dtype)}"
+    in_nf4 = f"dequantised from nf4 to {_name(dtype)}, then merged"
+    path = in_nf4 if quantised or stacks else f"in place in {_name(dtype)}"
     sites = tuple(
         SiteError(at, predicted[at], relative(after[at], expected_sites[at]) if at in after else None)
         for at in predicted
@@ -144,7 +148,12 @@ def _apply(
     old_data: list[tuple[nn.Parameter, Tensor]] = []
     trained = tensors_of(model, adapter.name) if adapter.head else {}
 
+    stacks = {path for path, _, _ in quantized_stacks(model)}
+    undo_stacks: list[Callable[[], None]] = []
+
     def undo() -> None:
+        for undo_stack in undo_stacks:
+            undo_stack()
         for path, module in old_modules.items():
             replace_module(model, path, module)
         for parameter, data in old_data:
@@ -157,10 +166,11 @@ def _apply(
     try:
         for path, module in old_modules.items():
             merged = new.get(f"{path}.weight"), new.get(f"{path}.bias")
-            replace_module(model, path, _dense_linear(module, *merged, dtype))
+            replace_module(model, path, dense_module(module, *merged, dtype))
+        undo_stacks.append(restore_stacks(model, new, dtype))
         for path, weight in new.items():
             owner, _, name = path.rpartition(".")
-            if owner not in old_modules:
+            if owner not in old_modules and path not in stacks:
                 # not get_parameter: while an adapter acts, a fused weight's attribute is the adapted weight
                 parameter = model.get_submodule(owner)._parameters[name]
                 assert parameter is not None
@@ -174,27 +184,6 @@ def _apply(
         undo()
         raise
     return undo
-
-
-def _dense_linear(module: nn.Module, merged: Tensor | None, offset: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    """A plain layer for a 4-bit one, with the merged or else the dequantised weight; Conv1D is restored as such."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    dense = (merged if merged is not None else dequantize(weight)).to(dtype)
-    bias = offset if offset is not None else module._parameters.get("bias")
-    n_out, n_in = dense.shape
-    if getattr(module, "adapters_transposed", False):
-        from transformers.pytorch_utils import Conv1D
-
-        plain: nn.Module = Conv1D(n_out, n_in)
-        dense = dense.mT.contiguous()
-    else:
-        with torch.device("meta"):
-            plain = nn.Linear(n_in, n_out, bias=bias is not None)
-    plain.weight = nn.Parameter(dense, requires_grad=False)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.detach().to(dense.dtype), requires_grad=False)
-    return plain
 
 
 def _name(dtype: torch.dtype) -> str:

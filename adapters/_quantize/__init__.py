@@ -1,23 +1,6 @@
-"""4-bit bases: quantising in place, reading a quantised weight, and the guard against a repacking bug upstream."""
+"""4-bit bases: quantising in place, and undoing it for a merge."""
 
 from adapters._quantize.nf4 import QuantizeReport, check_format, quantize
-from adapters._quantize.params import (
-    dequantize,
-    elements,
-    guard_against_repacking,
-    is_quantized,
-    quantized_modules,
-    replace_module,
-)
+from adapters._quantize.undo import dense_module, restore_stacks, settle_stacks
 
-__all__ = [
-    "QuantizeReport",
-    "check_format",
-    "dequantize",
-    "elements",
-    "guard_against_repacking",
-    "is_quantized",
-    "quantize",
-    "quantized_modules",
-    "replace_module",
-]
+__all__ = ["QuantizeReport", "check_format", "dense_module", "quantize", "restore_stacks", "settle_stacks"]

@@ -9,6 +9,7 @@ from math import prod
 from torch import nn
 
 from adapters._contract import WeightSite
+from adapters._fourbit import elements, shape_of
 from adapters._heads import base_model, output_embeddings
 from adapters._sites.graph import Graph, Use, Value, ancestors
 from adapters._sites.streams import Branch
@@ -148,9 +149,9 @@ def generalise(
         known.add(id(parameter))
         found = [siblings[pattern] for pattern in _patterns(path) if pattern in siblings]
         if found and type(modules[found[0].owner]) is type(module):
-            more.append(_like(found[0], path, *matrix(module, parameter)))
+            more.append(_like(found[0], path, *matrix(parameter)))
         else:
-            left.append(Unreached(path, _UNCALLED, prod(matrix(module, parameter))))
+            left.append(Unreached(path, _UNCALLED, prod(matrix(parameter))))
     return more, left, list(_others(graph, modules, parameters, known))
 
 
@@ -159,12 +160,12 @@ def _others(
 ) -> Iterator[Unreached]:
     """Every other parameter of two or more dimensions: nothing of a model's weights goes unmentioned."""
     for path, parameter in parameters.items():
-        if parameter.dim() < 2 or id(parameter) in known:
+        if len(shape_of(parameter)) < 2 or id(parameter) in known:
             continue
         known.add(id(parameter))
         table = isinstance(modules[split(path)[0]], nn.Embedding)
         unreached = "a table, and " + _UNCALLED if table else _UNCALLED
-        yield Unreached(path, _UNMULTIPLIED if path in graph.touched else unreached, parameter.numel())
+        yield Unreached(path, _UNMULTIPLIED if path in graph.touched else unreached, elements(parameter))
 
 
 def _patterns(path: str) -> list[str]:
@@ -186,7 +187,7 @@ def _linear_like(
     met = {type(modules[site.owner]) for site in sites if site.access == "call" or site.folded}
     for owner, module in modules.items():
         weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() >= 2 and (type(module) in met or isinstance(module, _MULTIPLY)):
+        if weight is not None and len(shape_of(weight)) >= 2 and (type(module) in met or isinstance(module, _MULTIPLY)):
             yield (f"{owner}.weight" if owner else "weight"), module, weight
 
 
@@ -194,4 +195,4 @@ def _obstructed(graph: Graph, parameters: Mapping[str, nn.Parameter]) -> Iterato
     for weight, uses in graph.uses_of.items():
         reason = obstacle(parameters[weight], uses) if weight in parameters else ""
         if reason:
-            yield Unreached(weight, reason, parameters[weight].numel())
+            yield Unreached(weight, reason, elements(parameters[weight]))

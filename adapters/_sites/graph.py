@@ -43,8 +43,8 @@ class Value:
 class Use:
     """A product of an activation `x` with weights, or a lookup of `x` in a table.
 
-    `inner` is the storage axis it sums over, -1 or -2, if known. `whole` says that the operand is the parameter as it
-    is stored. `rows` is the layout of the batch's rows in `x`.
+    `inner` is the storage axis it sums over, -1 or -2, if known, and `units` the number of its outputs. `whole` says
+    that the operand is the parameter as it is stored. `rows` is the layout of the batch's rows in `x`.
     """
 
     weights: frozenset[str]
@@ -55,6 +55,7 @@ class Use:
     inner: int | None
     whole: bool = True
     rows: Rows = NOWHERE
+    units: int = 0
     spread: bool = False  # a convolution whose kernel covers more than one position
 
     @property

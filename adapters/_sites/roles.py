@@ -108,7 +108,7 @@ class _Sources:
                 self._of[index] = self._step(value)
 
     def role(self, use: Use) -> str:
-        if use.index in self.chosen or use.out.shape[-1] == 1:  # one unit wide: how much of a shared expert to add
+        if use.index in self.chosen or use.units == 1:  # one unit wide: how much of a shared expert to add
             return "router"
         if use.index in self.fused:
             return "mlp.gate_up"

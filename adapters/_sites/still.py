@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters._dispatch import wrapping_attention
+from adapters._fourbit import read_as
 from adapters._sites.rows import rows_of
 from adapters._sites.trace import Tracer
 
@@ -74,7 +75,8 @@ def stand_ins(tracer: Tracer) -> Iterator[None]:
             if hasattr(getattr(module, "weight", None), "quant_state"):
                 replaced.append((module, vars(module).get("forward")))
                 vars(module)["forward"] = _stand_in(tracer, path, int(getattr(module, "out_features", 0)))
-        yield
+        with read_as(tracer.formed):
+            yield
     finally:
         for module, forward in replaced:
             vars(module).pop("forward")

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adapters._contract import Key, Rows
+from adapters._fourbit import dequantize, shape_of
 from adapters._sites.graph import Attention, Call, Graph, Slot, Use, Value, WrittenOut
 from adapters._sites.operands import PRODUCTS, inner_axis, operation, reverses, same_object
 from adapters._sites.rows import rows_of
@@ -124,15 +125,16 @@ class Tracer(TorchFunctionMode):
             self.graph.written.append(WrittenOut(parents[0], parents[1], parents[2], out, out, softmax=True))
         elif heavy and light:
             i = heavy[-1]  # the bias of addmm comes before its weight
-            matrices = frozenset(w for w in parents[i].weights if self.parameters[w].dim() >= 2)
+            matrices = frozenset(w for w in parents[i].weights if len(shape_of(self.parameters[w])) >= 2)
             axis = inner_axis(op, args, operands[i], i)
+            units = operands[i].shape[-1 if axis == -2 else -2] if operands[i].dim() > 1 else 0
             if axis is not None and parents[i].flipped:
                 axis = -3 - axis
             if matrices:
                 x = operands[len(parents) - 1 - parents[::-1].index(light[-1])]
                 whole, rows = parents[i].op == "weight", self._rows(x, op)
                 spread = op.startswith("conv") and operands[i].shape[2:].numel() > 1
-                out.use = Use(matrices, op, self._module, light[-1], out, axis, whole, rows, spread)
+                out.use = Use(matrices, op, self._module, light[-1], out, axis, whole, rows, units, spread)
                 self.graph.uses.append(out.use)
         elif len(light) >= 2 and light[-1].live and light[-2].live:
             self.graph.products.append((out, tuple(light[-2:])))
@@ -153,13 +155,24 @@ class Tracer(TorchFunctionMode):
     def _rows(self, x: Tensor, op: str) -> Rows:
         return rows_of(x, self.rows, x.dim() - 1 if op.startswith("conv") else 1)
 
+    def formed(self, parameter: nn.Parameter) -> Tensor:
+        """A 4-bit parameter as a dense weight that is known by its path."""
+        with torch._C.DisableTorchFunction():
+            dense = dequantize(parameter)
+        path = self._names[id(parameter)]
+        self.graph.touched.add(path)
+        self._new("weight", (), dense, frozenset([path]))
+        return dense
+
     def multiplied(self, path: str, weight: str, x: Tensor, out: Tensor) -> None:
         """Notes `out` as the product of `x` with a weight that torch functions never see: a quantised one."""
         matrix = Value(len(self.graph.values), "weight", (), (), True, frozenset([weight]))
         self.graph.values.append(matrix)
         source = self.value(x)
         value = self._new("linear", (source, matrix), out)
-        value.use = Use(frozenset([weight]), "linear", path, source, value, -1, True, self._rows(x, "linear"))
+        value.use = Use(
+            frozenset([weight]), "linear", path, source, value, -1, True, self._rows(x, "linear"), out.shape[-1]
+        )
         self.graph.touched.add(weight)
         self.graph.uses.append(value.use)
 

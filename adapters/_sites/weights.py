@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from adapters._contract import NOWHERE, Rows, WeightSite
+from adapters._fourbit import shape_of
 from adapters._sites.graph import Graph, Use, Value
 from adapters._sites.operands import PICKS, SUMS, VIEWS
 
@@ -85,7 +86,7 @@ def obstacle(parameter: nn.Parameter, uses: list[Use]) -> str:
     if any(use.lookup and not use.whole for use in uses):
         return "a table that is changed before it is looked up in"
     if (
-        parameter.dim() > 2
+        len(shape_of(parameter)) > 2
         and not kinds
         and _experts(parameter, uses) is None
         and _folded_inner(parameter, uses) is None
@@ -96,8 +97,8 @@ def obstacle(parameter: nn.Parameter, uses: list[Use]) -> str:
 
 def _experts(parameter: nn.Parameter, uses: list[Use]) -> int | None:
     """The number of matrices in a stack of them, each multiplied by itself."""
-    stacked = parameter.dim() == 3 and all(use.linear and use.inner is not None for use in uses)
-    return parameter.shape[0] if stacked else None
+    stacked = len(shape_of(parameter)) == 3 and all(use.linear and use.inner is not None for use in uses)
+    return shape_of(parameter)[0] if stacked else None
 
 
 def _folded_inner(parameter: nn.Parameter, uses: list[Use]) -> int | None:
@@ -105,7 +106,7 @@ def _folded_inner(parameter: nn.Parameter, uses: list[Use]) -> int | None:
 
     The shapes of an einsum tell: `h` of `hnd` against `ibh`, or `nd` of `hnd` against `ibnd`.
     """
-    first, rest = parameter.shape[0], tuple(parameter.shape[1:])
+    first, rest = shape_of(parameter)[0], shape_of(parameter)[1:]
     found = set()
     for use in uses:
         x, y = use.x.shape, use.out.shape
@@ -121,11 +122,11 @@ def _folded_inner(parameter: nn.Parameter, uses: list[Use]) -> int | None:
 def _layout(modules: Mapping[str, nn.Module], parameter: nn.Parameter, path: str, uses: list[Use]) -> dict[str, Any]:
     """How the stored parameter is seen as `(n_out, n_in)`, or as a stack of such."""
     use, experts = uses[0], _experts(parameter, uses)
-    rows, columns = matrix(modules[split(path)[0]], parameter)
+    rows, columns = matrix(parameter)
     folded: tuple[int, ...] = ()
-    if parameter.dim() > 2 and experts is None:
-        folded = tuple(parameter.shape[1:])
-        rows, columns = parameter.shape[0], prod(folded)
+    if len(shape_of(parameter)) > 2 and experts is None:
+        folded = shape_of(parameter)[1:]
+        rows, columns = shape_of(parameter)[0], prod(folded)
     if use.lookup:
         inner: int | None = -2
     elif use.linear:
@@ -170,11 +171,10 @@ def _picked(value: Value) -> bool:
     return False
 
 
-def matrix(module: nn.Module, parameter: nn.Parameter) -> tuple[int, int]:
-    """The last two dimensions of a weight, `(rows, columns)`; quantised ones are stored packed."""
-    if hasattr(parameter, "quant_state"):
-        return int(getattr(module, "out_features", 0)), int(getattr(module, "in_features", 0))
-    return parameter.shape[-2], parameter.shape[-1]
+def matrix(parameter: nn.Parameter) -> tuple[int, int]:
+    """The last two dimensions of a weight, `(rows, columns)`."""
+    rows, columns = shape_of(parameter)[-2:]
+    return rows, columns
 
 
 def _plain(graph: Graph, use: Use, n_in: int, n_out: int) -> bool:

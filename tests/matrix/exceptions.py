@@ -10,6 +10,12 @@ from typing import Any
 DROP = "(the field is left out)"
 _HYBRID = ["linear_attention", "linear_attention", "hybrid"]
 _SWIN = {"embed_dim": 16, "num_heads": (1, 2, 2, 4), "window_size": 4, "patch_size": 4, "image_size": 128}
+_DOTS = {  # the sliding layers' sizes, which no field of the default configuration shows
+    **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")},
+    **{f"swa_{name}": 32 for name in ("q_lora_rank", "kv_lora_rank")},
+    **{f"swa_{name}": 16 for name in ("qk_nope_head_dim", "v_head_dim")},
+    "swa_head_dim": 24,
+}
 _BLT = {"hidden_size": 32, "hidden_size_global": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
 _BLT = {**_BLT, "intermediate_size": 128, "vocab_size": 260, "head_dim": 16, "num_hidden_layers": 1}
 
@@ -54,14 +60,8 @@ CONFIGS: dict[Any, dict[str, Any]] = {
         "intermediate_size": [128] * 3,
         "activation_sparsity_pattern": [0.0] * 3,
     },
-    "gemma4_assistant": {
-        "text_config": {
-            "hidden_size_per_layer_input": 0,
-            "vocab_size_per_layer_input": 0,
-            "num_hidden_layers": 2,
-            "layer_types": ["sliding_attention", "full_attention"],
-        }
-    },
+    "dots3_note": {"text_config": _DOTS},
+    "dots3_note_text": _DOTS,
     "gemma4_text": {"global_head_dim": 32, "per_layer_config": DROP},
     "gemma4_unified_text": {"global_head_dim": 32, "per_layer_config": DROP},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},

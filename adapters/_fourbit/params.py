@@ -30,6 +30,12 @@ def dequantize(parameter: nn.Parameter) -> Tensor:
     return dense
 
 
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the weight that a parameter holds, which a 4-bit one stores packed."""
+    state = getattr(parameter, "quant_state", None)
+    return tuple(int(size) for size in (parameter.shape if state is None else state.shape))
+
+
 def elements(parameter: nn.Parameter) -> int:
     """How many weights a parameter holds; a 4-bit one stores two a byte."""
     state = getattr(parameter, "quant_state", None)
@@ -37,10 +43,25 @@ def elements(parameter: nn.Parameter) -> int:
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that own a 4-bit weight, with their paths."""
+    """The layers that own a 4-bit matrix and are called, with their paths."""
+    for path, module, name in quantized_parameters(model):
+        if len(shape_of(module._parameters[name])) == 2:  # type: ignore[arg-type]
+            yield path.rpartition(".")[0], module
+
+
+def quantized_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The 4-bit stacks of matrices, which code reads: path, owner, and name there."""
+    for path, module, name in quantized_parameters(model):
+        if len(shape_of(module._parameters[name])) == 3:  # type: ignore[arg-type]
+            yield path, module, name
+
+
+def quantized_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every 4-bit parameter: its path, its owner, and its name there."""
     for path, module in model.named_modules():
-        if is_quantized(module._parameters.get("weight")):
-            yield path, module
+        for name, parameter in module._parameters.items():
+            if is_quantized(parameter):
+                yield (f"{path}.{name}" if path else name), module, name
 
 
 def guard_against_repacking(model: nn.Module) -> None:

@@ -1,0 +1,66 @@
+"""Dense layers and parameters in place of those in 4 bits, as a merge needs them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters._fourbit import dequantize, quantized_stacks
+from adapters._quantize.stacks import BASE, settle
+
+ORIGINAL = "adapters_original"  # in a 4-bit layer's __dict__: the layer that it replaced, without its weight
+
+
+def dense_module(module: nn.Module, merged: Tensor | None, offset: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """The layer that a 4-bit one replaced, with the merged weight (n_out, n_in), or else the dequantised one.
+
+    A layer that others quantised becomes torch's own.
+    """
+    weight = module._parameters["weight"]
+    assert weight is not None
+    dense = (merged if merged is not None else dequantize(weight)).to(dtype)
+    bias = offset if offset is not None else module._parameters.get("bias")
+    original: Any = module.__dict__.get(ORIGINAL)
+    if original is not None:
+        plain: nn.Module = copy.copy(original)
+        plain.__dict__["_parameters"] = dict(original._parameters)
+        dense = dense.mT.contiguous() if getattr(module, "adapters_transposed", False) else dense
+    else:
+        with torch.device("meta"):
+            plain = nn.Linear(dense.shape[1], dense.shape[0], bias=bias is not None)
+    plain._parameters["weight"] = nn.Parameter(dense, requires_grad=False)
+    if bias is not None:
+        name = getattr(module, "adapters_bias", "bias")
+        plain._parameters[name] = nn.Parameter(bias.detach().to(dense.dtype), requires_grad=False)
+    return plain
+
+
+def restore_stacks(model: nn.Module, merged: Mapping[str, Tensor], dtype: torch.dtype) -> Callable[[], None]:
+    """Makes parameters that code reads dense, merged ones given by path; returns what puts the packed ones back.
+
+    The modules keep their class, which reads dense parameters as well, until `settle`.
+    """
+    old: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    def undo() -> None:
+        for module, name, parameter in old:
+            module._parameters[name] = parameter
+
+    for path, module, name in list(quantized_stacks(model)):
+        parameter = module._parameters[name]
+        assert parameter is not None
+        old.append((module, name, parameter))
+        dense = merged[path] if path in merged else dequantize(parameter)
+        module._parameters[name] = nn.Parameter(dense.to(dtype).contiguous(), requires_grad=False)
+    return undo
+
+
+def settle_stacks(model: nn.Module) -> None:
+    """Gives modules that hold nothing in 4 bits any more their own class back."""
+    for module in model.modules():
+        if hasattr(type(module), BASE):
+            settle(module)
