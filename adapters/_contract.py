@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapters._change import Factors, Scaled, Weight
 from adapters._errors import AdapterError
-from adapters._site import NOWHERE, Key, KeyValueSite, Rows, Site, StreamSite, WeightSite
+from adapters._site import NOWHERE, Key, KeyValueSite, LayerSite, Rows, Site, StreamSite, WeightSite
 
 __all__ = [
     "NOWHERE",
@@ -24,6 +24,7 @@ __all__ = [
     "Key",
     "KeyValueMethod",
     "KeyValueSite",
+    "LayerSite",
     "Method",
     "Rows",
     "Scaled",

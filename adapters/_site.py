@@ -92,7 +92,11 @@ class StreamSite:
 
 @dataclass(frozen=True)
 class KeyValueSite:
-    """The keys `(rows, heads, tokens, k_dim)` and values `(rows, heads, tokens, v_dim)` of the attention at `path`."""
+    """The keys `(rows, heads, tokens, k_dim)` and values `(rows, heads, tokens, v_dim)` of the attention at `path`.
+
+    `product` is None where the attention goes through transformers' interface; where it is written out in the module,
+    it is the number, from 0, of the product of queries and keys among the module's products of batches of matrices.
+    """
 
     path: str
     heads: int
@@ -103,6 +107,7 @@ class KeyValueSite:
     default: bool = True
     reason: str = ""
     rows: Rows = NOWHERE
+    product: int | None = None
     kind: ClassVar[str] = "keyvalue"
 
     @property
@@ -110,4 +115,27 @@ class KeyValueSite:
         return "keyvalue"
 
 
-Site: TypeAlias = WeightSite | StreamSite | KeyValueSite
+@dataclass(frozen=True)
+class LayerSite:
+    """Where hidden states of `width` features enter the block at `path`: argument `input` of its call.
+
+    `output` is the element of what it returns that goes on to the next, `axis` the axis of tokens.
+    """
+
+    path: str
+    width: int
+    input: Key = 0
+    output: Key = None
+    axis: int = 1
+    block: str = ""
+    default: bool = True
+    reason: str = ""
+    rows: Rows = NOWHERE
+    kind: ClassVar[str] = "layer"
+
+    @property
+    def role(self) -> str:
+        return "layer"
+
+
+Site: TypeAlias = WeightSite | StreamSite | KeyValueSite | LayerSite

@@ -47,9 +47,10 @@ def test_attentions_are_found(golden: Golden) -> None:
     model, found = mapped(golden.type)
     known = {site.path: site for site in found.keyvalues if within(site.path, golden)}
     for expected in golden.attentions:
-        if expected.how == "interface":
-            site = known.pop(expected.path)
-            assert (site.heads, site.causal) == (expected.heads(model.config), expected.causal), expected.path
+        site = known.pop(expected.path)
+        assert (site.heads, site.causal) == (expected.heads(model.config), expected.causal), expected.path
+        assert (site.product is None) is (expected.how == "interface"), expected.path
+        assert site.default, site.reason
     assert not known
 
 

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapters._contract import KeyValueSite
 from adapters._errors import AdapterError
 from adapters._heads import base_model
 from adapters._sites.aside import branch_aside, differentiable, generalise, set_aside
 from adapters._sites.attention import written_out
 from adapters._sites.graph import Graph
+from adapters._sites.layers import layer_sites
 from adapters._sites.map import SiteMap
 from adapters._sites.places import keyvalue_sites, stream_sites
-from adapters._sites.probe import Example, padded, probes
+from adapters._sites.probe import Example, Probe, padded, probes
 from adapters._sites.roles import find_roles
 from adapters._sites.still import observed_attention, stand_ins, still, unadapted
 from adapters._sites.streams import find_branches
+from adapters._sites.tappable import tappable, tried
 from adapters._sites.trace import Tracer, record
 from adapters._sites.unbranched import unbranched
 from adapters._sites.weights import weight_sites
@@ -57,13 +60,14 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
 def _sites(model: nn.Module, example: Example) -> SiteMap:
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    graph = _run(model, modules, parameters, example)
+    graph, probe = _run(model, modules, parameters, example)
     graph.written.extend(written_out(graph))
     branches, loose = find_branches(graph, modules)
     branches += unbranched(graph, modules, branches)
     roles = find_roles(graph, [*branches, *loose])
     aside = set_aside(graph, model, parameters, roles, branches)
     weights = weight_sites(graph, modules, parameters, roles, aside)
+    more, unreached, others = generalise(weights, graph, modules, parameters)
     trained, base = differentiable(graph.results), base_model(model)
     below = set(base.modules()) if base is not None else set()
     reason = partial(
@@ -73,26 +77,38 @@ def _sites(model: nn.Module, example: Example) -> SiteMap:
         aside=aside,
         inside={path for path, module in modules.items() if module in below},
     )
-    more, unreached, others = generalise(weights, graph, modules, parameters)
     return SiteMap(
         model=type(model).__name__,
         weights=(*weights, *more),
         streams=tuple(stream_sites(graph, branches, reason)),
-        keyvalues=tuple(keyvalue_sites(graph, trained)),
+        keyvalues=tuple(_attentions(model, modules, graph, probe, trained)),
+        layers=tuple(layer_sites(graph, modules)),
         unreached=tuple(unreached),
         others=tuple(others),
     )
 
 
+def _attentions(
+    model: nn.Module, modules: dict[str, nn.Module], graph: Graph, probe: Probe, trained: set[int]
+) -> list[KeyValueSite]:
+    """Attentions of transformers' interface, and those in the model's own code, in which a prefix is tried out."""
+    found = keyvalue_sites(graph, trained)
+    own = tappable(graph, trained, {site.path for site in found})
+    if own:
+        with still(model), padded(model), stand_ins(Tracer({}, modules)):
+            own = tried(own, modules, partial(model, *probe.args, **probe.kwargs), probe.rows)
+    return [*found, *own]
+
+
 def _run(
     model: nn.Module, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter], example: Example
-) -> Graph:
+) -> tuple[Graph, Probe]:
     failure: Exception | None = None
     for probe in probes(model, example):
         tracer = Tracer(parameters, modules, probe.rows)
         try:
             with still(model), padded(model), stand_ins(tracer), observed_attention(tracer):
-                return record(tracer, partial(model, *probe.args, **probe.kwargs))
+                return record(tracer, partial(model, *probe.args, **probe.kwargs)), probe
         except Exception as error:  # whatever a stranger's forward may raise; it is passed on below
             failure = failure or error
     raise AdapterError(

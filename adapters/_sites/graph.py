@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
@@ -120,6 +120,7 @@ class Graph:
     touched: set[str] = field(default_factory=set)  # parameters that anything at all was made from
     calls: list[Call] = field(default_factory=list)
     products: list[tuple[Value, tuple[Value, ...]]] = field(default_factory=list)  # of two activations
+    pairs: list[int] = field(default_factory=list)  # indices of products of two batches of matrices
     attentions: list[Attention] = field(default_factory=list)
     written: list[WrittenOut] = field(default_factory=list)
     results: list[Value] = field(default_factory=list)  # what the model returned
@@ -134,22 +135,36 @@ class Graph:
         return found
 
     @cached_property
-    def _in_order(self) -> tuple[list[Call], list[int]]:
+    def _in_order(self) -> tuple[list[Call], list[int], dict[int, Call | None]]:
+        """The calls by their start, an outer one before those inside it; their starts; and who encloses each."""
         calls = sorted(self.calls, key=lambda call: (call.start, -call.end))
-        return calls, [call.start for call in calls]
+        enclosing: dict[int, Call | None] = {}
+        stack: list[Call] = []
+        for call in calls:
+            while stack and stack[-1].end < call.end:
+                stack.pop()
+            enclosing[id(call)] = stack[-1] if stack else None
+            stack.append(call)
+        return calls, [call.start for call in calls], enclosing
 
     def calls_between(self, first: int, last: int) -> list[Call]:
         """The calls that start at an index from `first` to `last`, an outer one before those inside it."""
-        calls, starts = self._in_order
+        calls, starts, _ = self._in_order
         return calls[bisect_left(starts, first) : bisect_right(starts, last)]
+
+    def enclosing(self, index: int) -> Iterator[Call]:
+        """The calls in which the value with this index was made, from the inside out."""
+        calls, starts, enclosing = self._in_order
+        at = bisect_right(starts, index)
+        call: Call | None = calls[at - 1] if at else None
+        while call is not None:
+            if call.holds(index):
+                yield call
+            call = enclosing[id(call)]
 
     def around(self, value: Value) -> Call:
         """The innermost call in which a value was made; one without a path is the model's own."""
-        calls, starts = self._in_order
-        for call in reversed(calls[: bisect_right(starts, value.index)]):
-            if call.holds(value.index):
-                return call
-        return Call("", 0, len(self.values))
+        return next(self.enclosing(value.index), Call("", 0, len(self.values)))
 
     @cached_property
     def calls_of(self) -> dict[str, list[Call]]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from adapters._contract import KeyValueSite, Site, StreamSite, WeightSite
+from adapters._contract import KeyValueSite, LayerSite, Site, StreamSite, WeightSite
 from adapters._errors import DamagedAdapter
 from adapters._sites.aside import Unreached
 from adapters._sites.record import site_of, site_record
@@ -26,6 +26,7 @@ class SiteMap:
     weights: tuple[WeightSite, ...] = ()
     streams: tuple[StreamSite, ...] = ()
     keyvalues: tuple[KeyValueSite, ...] = ()
+    layers: tuple[LayerSite, ...] = ()
     unreached: tuple[Unreached, ...] = ()
     others: tuple[Unreached, ...] = ()
 
@@ -33,9 +34,10 @@ class SiteMap:
         yield from self.weights
         yield from self.streams
         yield from self.keyvalues
+        yield from self.layers
 
     def of(self, kind: str) -> tuple[Site, ...]:
-        """The sites of one kind: "weight", "stream" or "keyvalue"."""
+        """The sites of one kind: "weight", "stream", "keyvalue" or "layer"."""
         return tuple(site for site in self if site.kind == kind)
 
     @property
@@ -69,6 +71,7 @@ class SiteMap:
             "weights": [site_record(site) for site in self.weights],
             "streams": [site_record(site) for site in self.streams],
             "keyvalues": [site_record(site) for site in self.keyvalues],
+            "layers": [site_record(site) for site in self.layers],
             "unreached": [asdict(left) for left in self.unreached],
             "others": [asdict(left) for left in self.others],
         }
@@ -81,7 +84,7 @@ class SiteMap:
             DamagedAdapter: it holds something else than sites.
         """
         try:
-            sites = {kind: tuple(map(site_of, record[kind])) for kind in ("weights", "streams", "keyvalues")}
+            sites = {kind: tuple(map(site_of, record[kind])) for kind in ("weights", "streams", "keyvalues", "layers")}
             left = {kind: tuple(Unreached(**each) for each in record[kind]) for kind in ("unreached", "others")}
             return cls(str(record["model"]), **sites, **left)  # type: ignore[arg-type]
         except (KeyError, TypeError) as error:

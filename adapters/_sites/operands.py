@@ -8,28 +8,28 @@ from typing import Any
 from torch import Tensor
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-PRODUCTS = _words(
+PRODUCTS = words(
     "linear matmul __matmul__ __rmatmul__ mm bmm addmm baddbmm mv addmv inner einsum tensordot bilinear grouped_mm "
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d scaled_dot_product_attention"
 )
-SUMS = _words("add __add__ __radd__ add_ __iadd__")
-TIMES = _words("mul __mul__ __rmul__ mul_ __imul__ multiply")
-COPIES = _words("dropout to float half bfloat16 type type_as contiguous clone")
-VIEWS = _words("view reshape flatten unflatten squeeze unsqueeze expand view_as __get__") | COPIES
-NARROWS = _words("chunk split split_with_sizes tensor_split unbind __getitem__ narrow select tensor_chunk")
-CURVES = _words(
+SUMS = words("add __add__ __radd__ add_ __iadd__")
+TIMES = words("mul __mul__ __rmul__ mul_ __imul__ multiply")
+COPIES = words("dropout to float half bfloat16 type type_as contiguous clone")
+VIEWS = words("view reshape flatten unflatten squeeze unsqueeze expand view_as __get__") | COPIES
+NARROWS = words("chunk split split_with_sizes tensor_split unbind __getitem__ narrow select tensor_chunk")
+CURVES = words(
     "silu gelu relu relu_ relu6 sigmoid tanh softplus exp erf pow __pow__ square mish elu celu selu leaky_relu prelu "
     "hardswish hardsigmoid hardtanh logsigmoid softmax threshold xielu"
 )
-SOFTMAXES = _words("softmax log_softmax exp")  # hashing attention normalises by hand
-PICKS = _words("__getitem__ index_select gather take_along_dim index")
-CHOICES = _words("topk argmax sort argsort kthvalue multinomial")
-TOKEN_MIXES = _words("conv1d cumsum fft fft2 fftn rfft avg_pool2d roll segsum")
-_TRANSPOSES = _words("t transpose swapaxes swapdims permute movedim adjoint __get__ numpy_T")
+SOFTMAXES = words("softmax log_softmax exp")  # hashing attention normalises by hand
+PICKS = words("__getitem__ index_select gather take_along_dim index")
+CHOICES = words("topk argmax sort argsort kthvalue multinomial")
+TOKEN_MIXES = words("conv1d cumsum fft fft2 fftn rfft avg_pool2d roll segsum")
+_TRANSPOSES = words("t transpose swapaxes swapdims permute movedim adjoint __get__ numpy_T")
 
 
 def operation(func: Callable[..., Any]) -> str:

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from adapters._contract import Key, KeyValueSite, Rows, Site, StreamSite, WeightSite
+from adapters._contract import Key, KeyValueSite, LayerSite, Rows, Site, StreamSite, WeightSite
 from adapters._errors import DamagedAdapter
 
-KINDS: dict[str, type[WeightSite] | type[StreamSite] | type[KeyValueSite]] = {
-    site.kind: site for site in (WeightSite, StreamSite, KeyValueSite)
+KINDS: dict[str, type[WeightSite] | type[StreamSite] | type[KeyValueSite] | type[LayerSite]] = {
+    site.kind: site for site in (WeightSite, StreamSite, KeyValueSite, LayerSite)
 }
 _SCALARS = {"str": str, "int": int, "bool": bool, "None": type(None)}
 

@@ -110,7 +110,11 @@ def _observed(tracer: Tracer, attention: Callable[..., Any]) -> Callable[..., An
 
     def observed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         operands = tracer.value(query), tracer.value(key), tracer.value(value)  # before the call: caches may grow
-        out = attention(module, query, key, value, *args, **kwargs)
+        tracer.inside_interface = True
+        try:
+            out = attention(module, query, key, value, *args, **kwargs)
+        finally:
+            tracer.inside_interface = False
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         path = paths.get(id(module), "")

@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adapters._contract import Key, Rows
-from adapters._sites.graph import Attention, Call, Graph, Slot, Use, Value
+from adapters._sites.graph import Attention, Call, Graph, Slot, Use, Value, WrittenOut
 from adapters._sites.operands import PRODUCTS, inner_axis, operation, reverses, same_object
 from adapters._sites.rows import rows_of
+from adapters._sites.written import pair
 
 LOOKUPS = frozenset(
     {"embedding", "embedding_bag"}
@@ -31,6 +32,7 @@ class Tracer(TorchFunctionMode):
         self.rows = rows  # of the probe's batch, where they are alike in the way that `rows_of` needs
         self.parameters, self.modules = parameters, modules
         self.stack: list[Call] = []
+        self.inside_interface = False  # in an attention that transformers' interface dispatches
         # weak: keeping every activation of a large mixture of experts alive would cost gigabytes
         self._current: Any = WeakTensorKeyDictionary()
         self._names: dict[int, str] = {}
@@ -89,6 +91,8 @@ class Tracer(TorchFunctionMode):
         made = [t for t in made if not same_object(op, t, operands)]
         if made:
             values = [self._made(op, parents, operands, tensor) for tensor in made]
+            if pair(op, args, kwargs) is not None and not self.inside_interface:
+                self.graph.pairs.append(values[0].index)
             if op in PRODUCTS:
                 self._product(op, args, operands, parents, values[0])
             elif op in LOOKUPS:
@@ -112,9 +116,12 @@ class Tracer(TorchFunctionMode):
             return
         heavy = [i for i, p in enumerate(parents) if p.weights and operands[i].dim() >= 2]
         light = [p for p in parents if p.floating and not p.weights]
+        if self.inside_interface and not heavy:
+            return  # `attended` notes the whole
         if op == "scaled_dot_product_attention":
             self.graph.products.append((out, parents[:3]))
             self.graph.attentions.append(Attention(parents[0], parents[1], parents[2]))
+            self.graph.written.append(WrittenOut(parents[0], parents[1], parents[2], out, out, softmax=True))
         elif heavy and light:
             i = heavy[-1]  # the bias of addmm comes before its weight
             matrices = frozenset(w for w in parents[i].weights if self.parameters[w].dim() >= 2)
