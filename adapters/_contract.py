@@ -50,6 +50,10 @@ class Method:
     mergeable: ClassVar[bool] = False
     quantize: ClassVar[str | None] = None  # a preset that quantises its base names the format here
 
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of sites it can act on, the first that a model has being taken."""
+        return (self.kind,)
+
     def wants(self, site: Site) -> bool:
         """Whether this method, with these hyperparameters, acts at `site` when the caller names no targets."""
         return site.default
@@ -170,6 +174,10 @@ class KeyValueMethod(Method):
     length: int = 0
     positions: Literal["before", "shifted"] = "before"
 
+    def kinds(self) -> tuple[str, ...]:
+        """Attentions, or, in a model that has none, layers."""
+        return ("keyvalue", "layer")
+
     def start(self) -> str | int:
         """What the prefix starts as: the keys and values of this text, or of this many beginning-of-text tokens."""
         raise NotImplementedError
@@ -180,6 +188,14 @@ class KeyValueMethod(Method):
 
     def prefix(self, p: Tensors) -> tuple[Tensor, Tensor]:
         """Keys `(heads, length, k_dim)` and values `(heads, length, v_dim)` to prepend."""
+        raise NotImplementedError
+
+    def init_states(self, site: LayerSite, states: Tensor) -> dict[str, Tensor]:
+        """Fresh tensors from the hidden states `(length, width)` with which the start enters a layer."""
+        raise AdapterError(f"method {self.name!r} prepends keys and values, and this model has no attention for them.")
+
+    def states(self, p: Tensors) -> Tensor:
+        """Hidden states `(length, width)` with which the virtual tokens enter a layer."""
         raise NotImplementedError
 
 

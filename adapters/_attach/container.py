@@ -191,6 +191,13 @@ class KeyValue(Entry):
         return cast(KeyValueMethod, self.method).prefix(self.tensors())
 
 
+class LayerStates(Entry):
+    """Hidden states with which virtual tokens enter a layer; never called by the layer itself."""
+
+    def forward(self) -> Tensor:
+        return cast(KeyValueMethod, self.method).states(self.tensors())
+
+
 class Replica(nn.Module):
     """A trained copy of a head: while its adapter acts it answers in the head's place, in the dtype of its input."""
 

@@ -16,17 +16,33 @@ from adapters._attach.container import (
     Container,
     Entry,
     KeyValue,
+    LayerStates,
     ReadWeight,
     Replica,
     ScaledInput,
     Stream,
 )
+from adapters._attach.inside import WRITTEN
 from adapters._attach.state import FACES, STATE, Adapter, State
-from adapters._attach.swap import CALL, HOLD, READ, SCALED, TAP, TAPPED_BY, add_faces, base_class, strip
+from adapters._attach.swap import (
+    CALL,
+    HOLD,
+    LAYER,
+    READ,
+    SCALED,
+    TAP,
+    TAPPED_BY,
+    TOKENS,
+    add_faces,
+    base_class,
+    strip,
+)
+from adapters._attach.virtual import entry_of_layers
 from adapters._attach.weights import base_weight, by_site
 from adapters._contract import (
     KeyValueMethod,
     KeyValueSite,
+    LayerSite,
     Site,
     StreamMethod,
     StreamSite,
@@ -43,7 +59,7 @@ class Made:
 
     owner: str
     key: str
-    entry: nn.Module | None  # None: the module is only tapped
+    entry: nn.Module | None  # None: the module only gets a face
     face: str
 
 
@@ -56,6 +72,8 @@ def make_entries(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tenso
         if not given:
             raise AdapterError(f"adapter {adapter.name!r} has no tensors for its site {site.path}.")
         made += _at_site(model, adapter, site, given)
+    layers = tuple(site for site in adapter.sites if isinstance(site, LayerSite))
+    made += [Made(entry_of_layers(model, layers), adapter.slot, None, TOKENS)] if layers else []
     made += [Made(path, adapter.slot, _replica(model, path, held.pop(path, {})), CALL) for path in adapter.head]
     if held:
         raise AdapterError(f"adapter {adapter.name!r} has tensors for {next(iter(held))}, which is none of its sites.")
@@ -108,7 +126,10 @@ def _at_site(model: nn.Module, adapter: Adapter, site: Site, given: Mapping[str,
         tapped = [Made(site.tap, slot, None, TAP)] if tap is not None and site.tap is not None else []
         return [Made(site.path, slot, Stream(method, site, given, tap), CALL), *tapped]
     if isinstance(site, KeyValueSite) and isinstance(method, KeyValueMethod):
-        return [Made(site.path, slot, KeyValue(method, site, given), HOLD)]
+        face = HOLD if site.product is None else f"{WRITTEN}{site.product}"
+        return [Made(site.path, slot, KeyValue(method, site, given), face)]
+    if isinstance(site, LayerSite) and isinstance(method, KeyValueMethod):
+        return [Made(site.path, slot, LayerStates(method, site, given), LAYER)]
     raise AdapterError(f"method {method.name!r} acts on {method.kind} sites, and {site.path} is a {site.kind} site.")
 
 
@@ -179,8 +200,9 @@ def place(model: nn.Module, state: State, made: list[Made], trainable: bool) -> 
     for change in made:
         module = submodule(model, change.owner)
         add_faces(module, state, change.face)
-        if change.entry is None:
+        if change.entry is None and change.face == TAP:
             module.__dict__[TAPPED_BY] = module.__dict__.get(TAPPED_BY, frozenset()) | {change.key}
+        if change.entry is None:
             continue
         if CHILD not in module._modules:
             module.add_module(CHILD, Container())

@@ -62,7 +62,7 @@ def recording(see: Recorder) -> Iterator[None]:
 
 def _with_prefix(attend: Attention, name: str) -> Attention:
     def attention(module: nn.Module, *args: Any, **kw: Any) -> Any:
-        prefix = _prefix(module)
+        prefix = acting_prefix(module)
         if prefix is None:
             return attend(module, *args, **kw)
         # models pass the mask by position or by name, some the queries, keys and values too
@@ -76,7 +76,7 @@ def _with_prefix(attend: Attention, name: str) -> Attention:
 _NAMES = ("query", "key", "value", "attention_mask")
 
 
-def _prefix(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+def acting_prefix(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Keys and values (heads, length, dim) of the acting adapters at this attention, or None."""
     state, held = module.__dict__.get(STATE), module._modules.get(CHILD)
     if state is None or not isinstance(held, Container):

@@ -32,7 +32,7 @@ def with_positions(model: nn.Module, state: State, args: tuple[Any, ...], kwargs
 
 def position_ids(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """What `position_ids` must be in a forward whose selection holds a prefix, or None where they need no change."""
-    prefixes = [adapter for adapter in selection(state) if isinstance(adapter.method, KeyValueMethod)]
+    prefixes = [adapter for adapter in selection(state) if isinstance(adapter.sites[0], KeyValueSite)]
     if not prefixes:
         return None
     names = forward_parameters(base_class(model))

@@ -64,7 +64,8 @@ class State:
 
 
 after_copy: list[Callable[[State], None]] = []
-_frames: ContextVar[tuple[tuple[State, Selection], ...]] = ContextVar("frames", default=())
+Notes: TypeAlias = dict[str, Any]  # what the parts of one forward leave for each other
+_frames: ContextVar[tuple[tuple[State, Selection, Notes], ...]] = ContextVar("frames", default=())
 
 
 class _Forwards(threading.local):
@@ -82,23 +83,28 @@ def selection(state: State) -> Selection:
     """The adapters that act now: those of this context's innermost frame of this model, else the active ones."""
     if torch.compiler.is_compiling():
         return state.active if state.compiled is None else state.compiled
-    for owner, held in reversed(_frames.get()):
+    for owner, held, _ in reversed(_frames.get()):
         if owner is state:
             return held
     return state.active
 
 
+def notes(state: State) -> Notes:
+    """What the parts of the forward that is under way in this context leave for each other."""
+    return next((kept for owner, _, kept in reversed(_frames.get()) if owner is state), {})
+
+
 class holding:
     """`with holding(state, chosen):` makes `chosen` this context's selection, whatever others activate meanwhile."""
 
-    __slots__ = ("chosen", "frame", "state")
+    __slots__ = ("chosen", "frame", "notes", "state")
 
-    def __init__(self, state: State, chosen: Selection) -> None:
-        self.state, self.chosen = state, chosen
+    def __init__(self, state: State, chosen: Selection, notes: Notes | None = None) -> None:
+        self.state, self.chosen, self.notes = state, chosen, {} if notes is None else notes
 
     def __enter__(self) -> None:
         if not torch.compiler.is_compiling():
-            self.frame = (self.state, self.chosen)
+            self.frame = (self.state, self.chosen, self.notes)
             _frames.set((*_frames.get(), self.frame))
 
     def __exit__(
@@ -147,10 +153,11 @@ class running:
 
 
 def carrying(function: Callable[..., Any], state: State, chosen: Selection) -> Callable[..., Any]:
-    """`function`, run under `chosen` whenever and on whatever thread it is called."""
+    """`function`, run under `chosen` and this forward's notes, whenever and on whatever thread it is called."""
+    kept = dict(notes(state))  # the forward may have ended, and cleared them, when a layer is computed again
 
     def carried(*args: Any, **kwargs: Any) -> Any:
-        with holding(state, chosen):
+        with holding(state, chosen, kept):
             return function(*args, **kwargs)
 
     return carried

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adapters._attach.container import CHILD, Container, ScaledInput
 from adapters._attach.inputs import input_call, is_cut_off
+from adapters._attach.inside import WRITTEN, written_call
 from adapters._attach.state import (
     ENTER,
     FACES,
@@ -23,10 +24,12 @@ from adapters._attach.state import (
     State,
     carrying,
     holding,
+    notes,
     put_tap,
     running,
     selection,
 )
+from adapters._attach.virtual import entry_call, layer_call
 
 BASE = "_adapter_base_class"
 # faces: what a subclass adds, beside ENTER
@@ -37,6 +40,8 @@ TAP = "tap"
 INPUT = "input"  # input embeddings
 CHECKPOINT = "checkpoint"
 TAPPED_BY = "_adapter_tapped_by"  # in a tapped module's __dict__: the slots that read its input
+TOKENS = "tokens"  # is given the tokens, among which virtual ones are inserted
+LAYER = "layer"  # overwrites virtual tokens
 HOLD = "hold"  # holds tensors that others use
 READ = "read:"  # followed by a parameter's name
 
@@ -57,6 +62,14 @@ def adapted_class(base: Any, faces: frozenset[str]) -> type[nn.Module]:
     }
     if {CALL, SCALED, TAP} & faces:
         space["__call__"] = _site_call(_scaling_call(base) if SCALED in faces else base.__call__, TAP in faces)
+    for face in faces:
+        if face.startswith(WRITTEN):
+            inner = space.get("__call__", base.__call__)
+            space["__call__"] = written_call(inner, int(face.removeprefix(WRITTEN)))
+    if LAYER in faces:
+        space["__call__"] = layer_call(space.get("__call__", base.__call__))
+    if TOKENS in faces:
+        space["__call__"] = entry_call(space.get("__call__", base.__call__))
     if INPUT in faces:
         space["__call__"] = input_call(space.get("__call__", base.__call__))
     if ENTER in faces or PREPARE in faces:
@@ -148,7 +161,7 @@ def _root_call(inner: Callable[..., Any], root: bool) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             args, kwargs = _prepared(self, state, args, kwargs) if root and acting else (args, kwargs)
             return inner(self, *args, **kwargs)
-        with holding(state, acting), running(state) as outermost:
+        with holding(state, acting, notes(state)), running(state) as outermost:
             if acting and outermost:
                 args, kwargs = _prepared(self, state, args, kwargs)
             result = inner(self, *args, **kwargs)

@@ -19,6 +19,7 @@ from adapters._attach.weights import base_weight, bias_notes
 from adapters._contract import (
     KeyValueMethod,
     KeyValueSite,
+    LayerSite,
     Method,
     Site,
     StreamMethod,
@@ -173,10 +174,14 @@ def _fresh(
     facts: dict[str, object] = {}
     by_site: dict[str, Mapping[str, Tensor]] = {}
     if isinstance(method, KeyValueMethod):
-        start = prefix_start(model, method, cast(tuple[KeyValueSite, ...], chosen), tokenizer)
+        start = prefix_start(model, method, chosen, tokenizer)
         method, facts = cast(KeyValueMethod, start.method), {"start": start.note}
         for site in chosen:
-            by_site[site.path] = method.at(site).init(cast(KeyValueSite, site), *start.recorded[site.path])
+            here, recorded = method.at(site), start.recorded[site.path]
+            if isinstance(site, LayerSite):
+                by_site[site.path] = here.init_states(site, *recorded)
+            else:
+                by_site[site.path] = here.init(cast(KeyValueSite, site), *recorded)
     for site in chosen:
         if isinstance(method, WeightMethod) and isinstance(site, WeightSite):
             by_site[site.path] = method.at(site).init(site, base_weight(model, site))

@@ -7,18 +7,24 @@ from adapters._sites.discover import example_inputs, sites
 from adapters._sites.map import SiteMap
 from adapters._sites.probe import Example
 from adapters._sites.record import site_of, site_record
-from adapters._sites.select import Predicate, Targets, matches, select
+from adapters._sites.select import Predicate, Targets, can_act, matches, select
+from adapters._sites.tappable import running_as
+from adapters._sites.written import Unfollowed, Written
 
 __all__ = [
+    "can_act",
     "Example",
     "example_inputs",
     "matches",
     "Predicate",
+    "running_as",
     "select",
     "site_of",
     "site_record",
     "SiteMap",
     "sites",
     "Targets",
+    "Unfollowed",
     "Unreached",
+    "Written",
 ]

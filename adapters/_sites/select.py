@@ -6,17 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from adapters._contract import Method, Site, WeightSite
+from adapters._contract import Method, Site, StreamMethod, StreamSite, WeightSite
 from adapters._errors import AdapterError, nearest
 from adapters._sites.map import SiteMap
 
 Predicate: TypeAlias = Callable[[Site], bool]
 Targets: TypeAlias = str | Iterable[str] | Predicate | None
-
-
-_WHY = {
-    "keyvalue": ": its attention does not go through transformers' attention interface, where a prefix is prepended"
-}
 
 
 def select(sites: SiteMap, method: Method, targets: Targets = None) -> tuple[Site, ...]:
@@ -32,12 +27,7 @@ def select(sites: SiteMap, method: Method, targets: Targets = None) -> tuple[Sit
     Raises:
         AdapterError: An entry matches nothing, or nothing is left to adapt.
     """
-    known = sites.of(method.kind)
-    if not known:
-        raise AdapterError(
-            f"{sites.model} has no {method.kind} site, which {_name(method)} needs{_WHY.get(method.kind, '')}; "
-            f"it has {_kinds(sites)}"
-        )
+    known = _candidates(sites, method)
     if callable(targets):
         chosen = [site for site in known if targets(site)]
         asked = "the predicate given as targets"
@@ -46,14 +36,36 @@ def select(sites: SiteMap, method: Method, targets: Targets = None) -> tuple[Sit
         asked = _name(method)
     else:
         entries = [targets] if isinstance(targets, str) else list(targets)
-        matches = [_matching(entry, known, sites.model, method.kind) for entry in entries]
+        matches = [_matching(entry, known, sites.model, known[0].kind) for entry in entries]
         chosen = [site for site in known if any(site in match for match in matches)]
         asked = "an empty list of targets"
     if not chosen:
         raise AdapterError(
-            f"{asked} accepts none of the {len(known)} {method.kind} sites of {sites.model}; {_exist(known)}"
+            f"{asked} accepts none of the {len(known)} {known[0].kind} sites of {sites.model}; {_exist(known)}"
         )
     return tuple(chosen)
+
+
+def _candidates(sites: SiteMap, method: Method) -> tuple[Site, ...]:
+    """The sites of the first kind that the method can act on and the model has, without those it cannot act at."""
+    by_kind = [sites.of(kind) for kind in method.kinds()]
+    by_default = [of for of in by_kind if any(site.default for site in of)]
+    found = next(iter(by_default or [of for of in by_kind if of]), ())
+    if not found:
+        kinds = " or ".join(method.kinds())
+        raise AdapterError(f"{sites.model} has no {kinds} site, which {_name(method)} needs; it has {_kinds(sites)}")
+    able = tuple(site for site in found if can_act(method, site))
+    if not able:
+        raise AdapterError(
+            f"{_name(method)} reads what a branch is given, which is at hand at no branch of {sites.model}"
+        )
+    return able
+
+
+def can_act(method: Method, site: Site) -> bool:
+    """Whether the site offers what the method needs: a method that reads a branch's input cannot act without it."""
+    needs_input = isinstance(method, StreamMethod) and method.reads_input()
+    return not (needs_input and isinstance(site, StreamSite) and site.input is None and site.tap is None)
 
 
 def _matching(entry: str, known: Sequence[Site], model: str, kind: str) -> list[Site]:
@@ -90,11 +102,13 @@ def _ends(known: Sequence[Site]) -> list[str]:
 
 
 def _exist(known: Sequence[Site]) -> str:
-    return f"roles here: {', '.join(_roles(known))}; names here: {', '.join(_ends(known))}"
+    why = sorted({site.reason for site in known if site.reason})
+    left = f"; left out by default because: {'; '.join(why)}" if why and not any(site.default for site in known) else ""
+    return f"roles here: {', '.join(_roles(known))}; names here: {', '.join(_ends(known))}{left}"
 
 
 def _kinds(sites: SiteMap) -> str:
-    counts = {kind: len(sites.of(kind)) for kind in ("weight", "stream", "keyvalue")}
+    counts = {kind: len(sites.of(kind)) for kind in ("weight", "stream", "keyvalue", "layer")}
     return ", ".join(f"{count} {kind} sites" for kind, count in counts.items())
 
 
