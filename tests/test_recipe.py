@@ -55,6 +55,9 @@ def test_method_and_settings_override(tmp_path: Path) -> None:
     assert bottleneck.method.placement == "houlsby"  # type: ignore[attr-defined]
     assert bottleneck.training.learning_rate == 1e-3
     assert read_recipe(path, "lora").method.rank == 4  # type: ignore[attr-defined]
+    pattern = read_recipe(path, settings=["method.alpha_pattern={mlp.*: 2, attention.*: 3.5}"]).method
+    assert pattern.alpha_pattern == {"mlp.*": 2.0, "attention.*": 3.5}  # type: ignore[attr-defined]
+    assert read_recipe(path, "ia3", ["method.feedforward=[]"]).method.feedforward == ()  # type: ignore[attr-defined]
     assert read_recipe(path, settings=["targets=[attention.*]"]).targets == ("attention.*",)
 
 
@@ -67,6 +70,7 @@ def test_method_and_settings_override(tmp_path: Path) -> None:
         ("rank: 4", "rank: 4.5", "line 5: method.rank is 4.5; it must be a whole number."),
         ("rank: 4", "rank: 0", "line 3: rank is 0; it must be at least 1."),
         ("rank: 4", "rslora: 1", "line 5: method.rslora is 1; it must be true or false."),
+        ("rank: 4", "rank_pattern: {a: 2.5}", "line 5: method.rank_pattern is {'a': 2.5}; it must be a mapping from"),
         ("name: lora", "name: lroa", "line 4: no method 'lroa'; did you mean 'lora'?"),
         ("name: lora", "alpha: 3", "line 3: method needs a name"),
         ("task: function_calls", "task: function_call", "line 1: task is 'function_call'; did you mean"),
@@ -121,7 +125,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_reads_with_every_method_it_is_for(path: Path) -> None:
     recipe = read_recipe(path)
-    for method in [name for name in names() if name in ("lora", "qlora", "bottleneck", "prefix")]:
+    for method in [name for name in names() if name in ("lora", "qlora", "dora", "ia3", "bottleneck", "prefix")]:
         changed = read_recipe(path, method)
         assert changed.method.name == method
         assert changed.task == recipe.task

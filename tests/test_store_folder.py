@@ -22,7 +22,7 @@ from adapters._sites import site_of, site_record
 from adapters._store import record
 from adapters._store.bundle import CARD, CONFIG, RECORD, WEIGHTS
 
-METHODS = ["lora", "qlora", "bottleneck", "prefix"]
+METHODS = ["lora", "qlora", "dora", "ia3", "bottleneck", "prefix"]
 
 
 def adapted(name: str = "llama", method: str = "lora", dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import nn
 
 import adapters
 from tests.matrix.build import build
-from tests.matrix.methods import METHODS
+from tests.matrix.methods import METHODS, NOISE
 from tests.matrix.pairs import Pair
 
 Row = tuple[str, str, str, str, float]  # method, law, result, reason, seconds
@@ -55,7 +55,7 @@ def _method(
         except Exception as error:
             emit((label, "", "not run", f"the base does not run in bf16: {_reason(error)}", 0.0))
             return
-    case = Case(lambda: copy.deepcopy(model), batch, name, options, dtype, nf4)
+    case = Case(lambda: copy.deepcopy(model), batch, name, options, dtype, nf4, NOISE.get(label, 0.08))
     try:
         case.attach(case.base())
         case = replace(case, sites=adapters.sites(model))  # traced once; the laws hold for a map as for a trace
