@@ -6,6 +6,7 @@ from adapters._attach import (
 )
 from adapters._attach.entries import bare_copy
 from adapters._attach.install import base_parameters, install, remove, replace, tensors_of
+from adapters._attach.labels import labels_of, set_labels
 from adapters._attach.report import AttachReport
 from adapters._attach.state import Adapter, adapters_of, state_of, unwrapped
 from adapters._attach.verbs import activate, attach, detach, make_method, using
@@ -22,11 +23,13 @@ __all__ = [
     "base_weight",
     "detach",
     "install",
+    "labels_of",
     "make_method",
     "positions",
     "products",
     "remove",
     "replace",
+    "set_labels",
     "state_of",
     "tensors_of",
     "unwrapped",

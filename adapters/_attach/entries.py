@@ -173,13 +173,18 @@ def _face(path: str, site: WeightSite, entry: nn.Module) -> str:
 
 
 def _replica(model: nn.Module, path: str, given: Mapping[str, Tensor]) -> Replica:
+    """A copy of a head with the adapter's tensors; linear layers may have another number of outputs than the base's."""
     replica = Replica(bare_copy(submodule(model, path)))
     own = dict(replica.named_parameters())
     if set(own) != set(given):
         raise AdapterError(f"the head {path} has parameters {sorted(own)}, the adapter has {sorted(given)}.")
     for key, parameter in own.items():
-        if parameter.shape != given[key].shape:
+        owner = replica.get_submodule(key.rpartition(".")[0])
+        outputs = type(owner) is nn.Linear and parameter.shape[1:] == given[key].shape[1:]
+        if parameter.shape != given[key].shape and not outputs:
             raise AdapterError(f"the head {path} is {tuple(parameter.shape)} here and {tuple(given[key].shape)} there.")
+        if outputs:
+            owner.out_features = given[key].shape[0]  # type: ignore[assignment]
         parameter.data = given[key].detach().to(parameter.device).clone()
     return replica
 

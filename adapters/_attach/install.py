@@ -13,6 +13,7 @@ from adapters._attach import injection
 from adapters._attach.container import Container
 from adapters._attach.entries import adapter_tensors, drop_slot, make_entries, place
 from adapters._attach.inputs import input_embeddings
+from adapters._attach.labels import show_labels
 from adapters._attach.state import ENTER, FACES, STATE, Adapter, State, state_of, unwrapped
 from adapters._attach.swap import CHECKPOINT, INPUT, PREPARE, add_faces, strip
 from adapters._contract import KeyValueMethod, Method, Site
@@ -33,6 +34,7 @@ def install(
     trainable: bool = False,
     activate: bool = True,
     facts: Mapping[str, object] | None = None,
+    labels: Mapping[str, str] | None = None,
     map: SiteMap | None = None,
 ) -> Adapter:
     """Adds an adapter whose tensors exist already, keyed `f"{site.path}:{tensor}"` and `f"{head}:head.{parameter}"`.
@@ -45,7 +47,8 @@ def install(
     found = state_of(model)
     state = found if found is not None else State(required_grad=_flags(model))
     guard_against_repacking(model)
-    adapter = Adapter(name, state.new_slot(), method, tuple(sites), tuple(head), trainable, dict(facts or {}))
+    slot, labels = state.new_slot(), labels if head else None
+    adapter = Adapter(name, slot, method, tuple(sites), tuple(head), trainable, dict(facts or {}), labels)
     made = make_entries(model, adapter, tensors)
     try:
         if found is None:
@@ -56,6 +59,7 @@ def install(
         state.map = map or state.map
         if activate:
             state.active = (adapter,)
+            show_labels(model, state, state.active)
     except BaseException:  # an interrupt, whose moment nobody chooses
         _take_out(model, state, adapter)
         raise
@@ -83,11 +87,13 @@ def replace(
     *,
     head: Iterable[str] = (),
     facts: Mapping[str, object] | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> Adapter:
     """Exchanges an attached adapter in one step. A forward under way goes on with the version that it began with."""
     state, old = _attached(model, name)
     model = unwrapped(model)
-    new = Adapter(name, state.new_slot(), method, tuple(sites), tuple(head), old.trainable, dict(facts or {}))
+    slot, labels = state.new_slot(), labels if head else None
+    new = Adapter(name, slot, method, tuple(sites), tuple(head), old.trainable, dict(facts or {}), labels)
     made = make_entries(model, new, tensors)
     try:
         place(model, state, made, old.trainable)
@@ -99,6 +105,7 @@ def replace(
     weakref.finalize(old, _drop_slot, weakref.ref(model), old.slot).atexit = False
     state.adapters = {**state.adapters, name: new}
     state.active = tuple(new if adapter is old else adapter for adapter in state.active)
+    show_labels(model, state, state.active)
     return new
 
 
@@ -112,6 +119,7 @@ def _take_out(model: nn.Module, state: State, adapter: Adapter) -> None:
     """May be interrupted and called again: the adapter is forgotten, and the root given back, at the very end."""
     others = {name: other for name, other in state.adapters.items() if other is not adapter}
     state.active = tuple(other for other in state.active if other is not adapter)
+    show_labels(model, state, state.active)
     drop_slot(model, adapter.slot)
     if not any(isinstance(other.method, KeyValueMethod) for other in others.values()):
         injection.withdraw(state)

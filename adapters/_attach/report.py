@@ -5,9 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field, fields
+from math import prod
 
 from adapters._contract import Method, Site, WeightSite
-from adapters._sites import SiteMap
+from adapters._sites import SiteMap, can_act
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class AttachReport:
     base_parameters: int
     share: float | None  # None: the method does not act on weights
     head: tuple[str, ...] = ()
-    left: dict[str, int] = field(default_factory=dict)  # reason -> sites
+    left: dict[str, int] = field(default_factory=dict)  # reason -> how many sites, weights or layers
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -35,7 +36,7 @@ class AttachReport:
         if self.share is not None:
             lines.append(f"  adapts {100 * self.share:.1f} % of the weights that multiply activations")
         lines += [f"  trains the head {path} and saves it with the adapter" for path in self.head]
-        lines += [f"  not adapted: {count} sites ({reason})" for reason, count in self.left.items()]
+        lines += [f"  not adapted: {count} ({reason})" for reason, count in self.left.items()]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -52,19 +53,31 @@ def in_short(method: Method) -> str:
     return f"{type(method).__name__}({', '.join(shown)})"
 
 
-def describe(found: SiteMap, chosen: tuple[Site, ...]) -> tuple[dict[str, int], float | None, dict[str, int]]:
-    """Counts by role, the adapted share of matmul weights, and the sites left out by reason."""
-    roles = Counter(site.role for site in chosen)
-    if not isinstance(chosen[0], WeightSite):
-        return dict(roles), None, {}
+def describe(
+    found: SiteMap, chosen: tuple[Site, ...], method: Method
+) -> tuple[dict[str, int], float | None, dict[str, int]]:
+    """Counts by role, the adapted share of matmul weights, and what is left out, counted by reason."""
+    roles, kind = Counter(site.role for site in chosen), chosen[0].kind
     taken = {site.path for site in chosen}
-    size = {site.path: _size(site) for site in found.weights}
-    left = Counter(site.reason or "not among the targets" for site in found.weights if site.path not in taken)
-    if found.unreached:
-        left["the probe did not reach them; pass example="] = len(found.unreached)
-    share = sum(size[path] for path in taken) / max(1, sum(size.values()))
-    return dict(roles), share, dict(left)
+    left = Counter(_why(site, method) for site in found.of(kind) if site.path not in taken)
+    if kind == "weight":
+        left.update(each.reason for each in (*found.unreached, *found.others))
+        adapted = [site for site in found.weights if site.path in taken and site.role != "embedding"]
+        return dict(roles), sum(map(_size, adapted)) / max(1, found.total_size), dict(left)
+    if kind == "stream":
+        left.update(each.reason for each in found.unplaced)
+    if kind == "keyvalue":
+        blocks = {site.block for site in chosen}
+        without = sum(layer.path not in blocks for layer in found.layers)
+        left.update({"a layer without an attention that takes a prefix": without} if without else {})
+    return dict(roles), None, dict(left)
 
 
-def _size(site: WeightSite) -> int:
-    return site.n_in * site.n_out * (site.experts or 1)
+def _why(site: Site, method: Method) -> str:
+    if site.reason:
+        return site.reason
+    return "not among the targets" if can_act(method, site) else "its branch's input is not at hand where it acts"
+
+
+def _size(site: Site) -> int:
+    return prod(site.shape) if isinstance(site, WeightSite) else 0

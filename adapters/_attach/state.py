@@ -36,6 +36,7 @@ class Adapter:
     head: tuple[str, ...] = ()
     trainable: bool = False
     facts: Mapping[str, object] = field(default_factory=dict)
+    labels: Mapping[str, str] | None = None  # of its head
 
 
 Selection: TypeAlias = tuple[Adapter, ...]
@@ -51,6 +52,7 @@ class State:
     required_grad: dict[str, bool] = field(default_factory=dict)  # of the base's parameters, before the first attach
     map: SiteMap | None = None  # of the base, once it was traced or an adapter brought it along
     base_path: str = ""  # of the base model below the heads, with a dot at its end
+    labels: Mapping[str, str] | None = None  # the base's own, once an adapter has others
     inputs_require_grad: bool = False  # of the base, so that gradients reach the adapters at all
     made: int = 0  # slots made so far; a slot is never used twice
 

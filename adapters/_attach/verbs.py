@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adapters import _registry
 from adapters._attach.entries import bare_copy, check_free
 from adapters._attach.install import base_parameters, check_attachable, install, remove
+from adapters._attach.labels import labels_of, show_labels
 from adapters._attach.report import AttachReport, describe, in_short
 from adapters._attach.start import prefix_start
 from adapters._attach.state import State, adapters_of, choosing, state_of, unwrapped
@@ -99,8 +100,9 @@ def attach(
     for path in heads:
         parameters = bare_copy(model.get_submodule(path)).named_parameters()
         tensors.update({f"{path}:head.{key}": p.detach().to(dtype).clone() for key, p in parameters})
-    install(model, name, chosen_method, chosen, tensors, head=heads, trainable=True, facts=facts, map=found)
-    roles, share, left = describe(found, chosen)
+    kept: dict[str, Any] = {"facts": facts, "labels": labels_of(model), "map": found}
+    install(model, name, chosen_method, chosen, tensors, head=heads, trainable=True, **kept)
+    roles, share, left = describe(found, chosen, chosen_method)
     size, base = sum(t.numel() for t in tensors.values()), sum(map(elements, base_parameters(model).values()))
     return AttachReport(name, in_short(chosen_method), roles, size, base, share, heads, left, tuple(notes))
 
@@ -130,6 +132,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 def activate(model: nn.Module, name: str | None) -> None:
     """Makes the adapter `name` act, or none: one assignment, which changes neither tensors nor `requires_grad`.
 
+    Where adapters have heads of their own, the configuration's labels are those of the one that acts.
+
     Raises:
         AdapterError: no adapter of that name is attached.
     """
@@ -137,6 +141,7 @@ def activate(model: nn.Module, name: str | None) -> None:
     state = state_of(model)
     if state is not None:
         state.active = chosen
+        show_labels(unwrapped(model), state, chosen)
 
 
 def using(model: nn.Module, name: str | None) -> choosing:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters._attach import Adapter, adapters_of, bare_copy, detach, tensors_of, unwrapped, using
+from adapters._attach import Adapter, adapters_of, bare_copy, detach, set_labels, tensors_of, unwrapped, using
 from adapters._contract import WeightSite
 from adapters._errors import AdapterError
 from adapters._fourbit import quantized_modules, quantized_stacks, replace_module
@@ -53,7 +53,8 @@ def merge(
         expected, expected_sites = main_output(model, inputs), outputs_at(model, seen_inputs)
     with using(model, None):
         base = main_output(model, inputs)
-    effect = relative(base, expected)
+    # a head with another number of outputs than the base's leaves nothing to compare, and is all effect
+    effect = relative(base, expected) if base.shape == expected.shape else 1.0
 
     merged = merged_parameters(model, adapter)
     new, predicted = merged.new, merged.predicted
@@ -78,6 +79,8 @@ def merge(
         raise
     detach(model, name)
     settle_stacks(model)
+    if adapter.labels:
+        set_labels(model, adapter.labels)  # the head that they belong to is the model's own now
     notes: list[str] = []
     if requantize is not None:
         quantize(model, requantize, only={*quantised, *stacks}, compute_dtype=computed)
@@ -150,6 +153,7 @@ def _apply(
 
     stacks = {path for path, _, _ in quantized_stacks(model)}
     undo_stacks: list[Callable[[], None]] = []
+    layers: list[nn.Module] = []  # of heads, which may have another number of outputs than the base's
 
     def undo() -> None:
         for undo_stack in undo_stacks:
@@ -158,6 +162,7 @@ def _apply(
             replace_module(model, path, module)
         for parameter, data in old_data:
             parameter.data = data
+        count_outputs(layers)
 
     def put(parameter: nn.Parameter, data: Tensor) -> None:
         old_data.append((parameter, parameter.data))
@@ -180,10 +185,19 @@ def _apply(
             if path in adapter.head:
                 parameter = model.get_submodule(path).get_parameter(name)
                 put(parameter, tensor.detach().to(parameter.dtype))
+                layers.append(model.get_submodule(path).get_submodule(name.rpartition(".")[0]))
+        count_outputs(layers)
     except BaseException:
         undo()
         raise
     return undo
+
+
+def count_outputs(layers: list[nn.Module]) -> None:
+    """Linear layers say how many outputs their weight has."""
+    for layer in layers:
+        if type(layer) is nn.Linear:
+            layer.out_features = layer.weight.shape[0]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -23,7 +23,7 @@ NO_GRADIENT = "its output only selects, so its weight gets no gradient"
 _BESIDE = "a convolution beside linear weights: name it to adapt it"
 _LINEAR = "adds a linear function of the stream beside the feed-forward: name it to adapt it"
 _UNMULTIPLIED = "multiplies no activations: it is added, scaled or compared"
-_UNCALLED = "the probe did not reach it"
+_UNCALLED = "the probe did not reach it: an example= that does makes it a site"
 _MULTIPLY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -164,7 +164,7 @@ def _others(
             continue
         known.add(id(parameter))
         table = isinstance(modules[split(path)[0]], nn.Embedding)
-        unreached = "a table, and " + _UNCALLED if table else _UNCALLED
+        unreached = f"a table; {_UNCALLED}" if table else _UNCALLED
         yield Unreached(path, _UNMULTIPLIED if path in graph.touched else unreached, elements(parameter))
 
 

@@ -16,7 +16,7 @@ from adapters._sites.attention import written_out
 from adapters._sites.graph import Graph
 from adapters._sites.layers import layer_sites
 from adapters._sites.map import SiteMap
-from adapters._sites.places import keyvalue_sites, stream_sites
+from adapters._sites.places import keyvalue_sites, stream_sites, unplaced
 from adapters._sites.probe import Example, Probe, padded, probes
 from adapters._sites.roles import find_roles
 from adapters._sites.still import observed_attention, stand_ins, still, unadapted
@@ -85,6 +85,7 @@ def _sites(model: nn.Module, example: Example) -> SiteMap:
         layers=tuple(layer_sites(graph, modules)),
         unreached=tuple(unreached),
         others=tuple(others),
+        unplaced=tuple(unplaced(loose)),
     )
 
 

@@ -22,7 +22,8 @@ class SiteMap:
     """Every place of a model where a method can act, in order of execution, and what is left out and why.
 
     `unreached` are weights that multiply activations, or would, but are no site; `others` all further parameters of two
-    or more dimensions: tables, masks, scales. Together with the sites they are all of the model's weights.
+    or more dimensions: masks, scales, biases. Together with the sites they are all of the model's weights. `unplaced`
+    are branches of the residual stream whose value no module returns by itself.
     """
 
     model: str
@@ -32,6 +33,7 @@ class SiteMap:
     layers: tuple[LayerSite, ...] = ()
     unreached: tuple[Unreached, ...] = ()
     others: tuple[Unreached, ...] = ()
+    unplaced: tuple[Unreached, ...] = ()
 
     def __iter__(self) -> Iterator[Site]:
         yield from self.weights
@@ -77,6 +79,7 @@ class SiteMap:
             "layers": [site_record(site) for site in self.layers],
             "unreached": [asdict(left) for left in self.unreached],
             "others": [asdict(left) for left in self.others],
+            "unplaced": [asdict(left) for left in self.unplaced],
         }
 
     @classmethod
@@ -88,7 +91,9 @@ class SiteMap:
         """
         try:
             sites = {kind: tuple(map(site_of, record[kind])) for kind in ("weights", "streams", "keyvalues", "layers")}
-            left = {kind: tuple(Unreached(**each) for each in record[kind]) for kind in ("unreached", "others")}
+            left = {
+                kind: tuple(Unreached(**each) for each in record[kind]) for kind in ("unreached", "others", "unplaced")
+            }
             return cls(str(record["model"]), **sites, **left)  # type: ignore[arg-type]
         except (KeyError, TypeError) as error:
             raise DamagedAdapter(f"this is no site map: {error}.") from error
@@ -121,5 +126,5 @@ class SiteMap:
 
     def __str__(self) -> str:
         coverage = coverage_line(self.default_size, self.other_size, self.unreached_size)
-        left = (*self.unreached, *self.others)
+        left = (*self.unreached, *self.others, *self.unplaced)
         return sections(self.model, self.weights, self.streams, self.keyvalues, left, coverage)

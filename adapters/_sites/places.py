@@ -7,7 +7,7 @@ from math import prod
 from typing import Literal, cast
 
 from adapters._contract import NOWHERE, Key, KeyValueSite, StreamSite
-from adapters._sites.aside import NO_GRADIENT
+from adapters._sites.aside import NO_GRADIENT, Unreached
 from adapters._sites.graph import Graph, Value, ancestors
 from adapters._sites.streams import Branch
 from adapters._sites.weights import block_of
@@ -35,6 +35,12 @@ def stream_sites(graph: Graph, branches: list[Branch], aside: Callable[[Branch],
         )
         sites.setdefault((site.path, site.output), site)
     return list(sites.values())
+
+
+def unplaced(loose: list[Branch]) -> list[Unreached]:
+    """Branches whose value no module returns by itself, by the module in which they are added."""
+    found = {(branch.call.path, branch.kind) for branch in loose}
+    return [Unreached(path, f"an {kind} branch that no module returns by itself", 0) for path, kind in sorted(found)]
 
 
 def _axis(branch: Branch) -> int:

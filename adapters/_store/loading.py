@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from adapters._attach import adapters_of, install, replace, state_of
+from adapters._attach import adapters_of, install, labels_of, replace, state_of
 from adapters._contract import Site
 from adapters._errors import AdapterError, DamagedAdapter, WrongBase, nearest
 from adapters._interop.peft_read import parse_config, understand
@@ -59,6 +59,7 @@ def load(
         trainable=trainable,
         activate=activate,
         facts=bundle.facts,
+        labels=bundle.labels,
         map=_map(model, bundle),
     )
     return _report(place, chosen, bundle, base, notes)
@@ -82,7 +83,8 @@ def swap(model: nn.Module, name: str, folder: str | os.PathLike[str], force: For
         raise AdapterError(f"no adapter {name!r} on this model{nearest(name, attached)} Use adapters.load to add one.")
     place, bundle, notes = _read(model, folder)
     base = _check_base(model, bundle, force)
-    replace(model, name, bundle.method, bundle.sites, bundle.tensors, head=bundle.head, facts=bundle.facts)
+    kept: dict[str, Any] = {"head": bundle.head, "facts": bundle.facts, "labels": bundle.labels}
+    replace(model, name, bundle.method, bundle.sites, bundle.tensors, **kept)
     return _report(place, name, bundle, base, notes)
 
 
@@ -219,11 +221,10 @@ def _size(site: Site) -> tuple[object, ...]:
 
 
 def _label_notes(model: nn.Module, bundle: Bundle) -> list[str]:
-    have = getattr(getattr(model, "config", None), "id2label", None)
-    here = {str(key): str(value) for key, value in have.items()} if have else None
+    here = labels_of(model)
     if bundle.labels is None or here == bundle.labels:
         return []
-    return [f"the adapter's labels are {', '.join(bundle.labels.values())}; the model's configuration has others."]
+    return [f"while it is the active one, the model's labels are the adapter's: {', '.join(bundle.labels.values())}."]
 
 
 def _parameters(bundle: Bundle) -> int:

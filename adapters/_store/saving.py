@@ -98,8 +98,6 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> tup
 
 
 def _bundle(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Bundle:
-    config = getattr(model, "config", None)
-    labels = getattr(config, "id2label", None) if adapter.head else None
     return Bundle(
         name=adapter.name,
         method=adapter.method,
@@ -109,7 +107,7 @@ def _bundle(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor], f
         base={"name": base_name(model), **fingerprint(model, exclude=adapter.head)},
         facts=json_safe(adapter.facts),
         training=json_safe(facts),
-        labels={str(key): str(value) for key, value in labels.items()} if labels else None,
+        labels=dict(adapter.labels) if adapter.labels else None,
         versions=_versions(),
         map=_map(model),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
