@@ -34,18 +34,20 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     nf4: bool = False
-    sites: adapters.SiteMap | None = None
     noise: float = 0.08
+    sites: adapters.SiteMap | None = None
+    example: dict[str, Any] | None = None  # for models that the probe cannot run
 
     def base(self) -> nn.Module:
         model = self.build()
         if self.nf4:
-            adapters.quantize(model, "nf4", compute_dtype=self.dtype)
+            adapters.quantize(model, "nf4", compute_dtype=self.dtype, sites=self.sites, example=self.example)
         return model
 
     def attach(self, model: nn.Module, name: str = "fr", **more: Any) -> Any:
         torch.manual_seed(3)
-        return adapters.attach(model, self.method, name=name, sites=self.sites, **{**self.options, **more})
+        known = {"sites": self.sites, "example": self.example}
+        return adapters.attach(model, self.method, name=name, **known, **{**self.options, **more})
 
     def shaken(self, name: str = "fr", seed: int = 11) -> nn.Module:
         model = self.base()

@@ -47,13 +47,15 @@ class Start:
     note: str
 
 
-def prefix_start(model: nn.Module, method: KeyValueMethod, sites: Iterable[Site], tokenizer: Any) -> Start:
+def prefix_start(
+    model: nn.Module, method: KeyValueMethod, sites: Iterable[Site], tokenizer: Any, example: Mapping[str, Any] | None
+) -> Start:
     """What each site's part of the prefix starts from."""
     sites = tuple(sites)
     runs = _below_the_head(model, sites)
     names = forward_parameters(base_class(runs))
     if not {"input_ids", "inputs"} & set(names):
-        return _from_a_neutral_input(model, method, sites)
+        return _from_a_neutral_input(model, method, sites, example)
     ids, note = _tokens(model, method, tokenizer)
     length, positions = ids.shape[1], method.positions
     layered = any(isinstance(site, LayerSite) for site in sites)
@@ -82,12 +84,15 @@ def _below_the_head(model: nn.Module, sites: tuple[Site, ...]) -> nn.Module:
     return base if base is not None and all(site.path.startswith(f"{path}.") for site in sites) else model
 
 
-def _from_a_neutral_input(model: nn.Module, method: KeyValueMethod, sites: tuple[Site, ...]) -> Start:
+def _from_a_neutral_input(
+    model: nn.Module, method: KeyValueMethod, sites: tuple[Site, ...], example: Mapping[str, Any] | None
+) -> Start:
     """For models that are given no tokens, such as pictures: the first positions of an input of zeros."""
     length = method.start()
     if not isinstance(length, int):
         raise AdapterError("this model is given no tokens, so a prefix cannot start from text: give a length.")
-    inputs = {key: torch.zeros_like(x) if _floating(x) else x for key, x in example_inputs(model).items()}
+    given = example if example is not None else example_inputs(model)
+    inputs = {key: torch.zeros_like(x) if _floating(x) else x for key, x in given.items()}
     recorded, _ = _of_length(_record(model, model, sites, inputs), length)
     note = f"starts as the first {length} positions of an input of zeros"
     return Start(replace(method, length=length), recorded, note)

@@ -93,7 +93,7 @@ def attach(
     check_free(model, [*(_owner(site) for site in chosen), *heads])
     notes = list(chosen_method.review(chosen))
     notes += _quantized(model, chosen_method)  # after everything that may be refused
-    chosen_method, tensors, facts = _fresh(model, chosen_method, chosen, tokenizer)
+    chosen_method, tensors, facts = _fresh(model, chosen_method, chosen, tokenizer, example)
     notes += [str(note) for note in facts.values()]
     tensors = {key: tensor.to(_start_dtype(chosen_method, key, dtype)) for key, tensor in tensors.items()}
     notes += bias_notes(model, chosen_method, chosen, tensors)
@@ -190,13 +190,17 @@ def _quantized(model: nn.Module, method: Method) -> list[str]:
 
 
 def _fresh(
-    model: nn.Module, method: Method, chosen: tuple[Site, ...], tokenizer: Any
+    model: nn.Module,
+    method: Method,
+    chosen: tuple[Site, ...],
+    tokenizer: Any,
+    example: Mapping[str, Any] | None,
 ) -> tuple[Method, dict[str, Tensor], dict[str, object]]:
     """The method with everything settled, its fresh tensors by key, and what is worth recording."""
     facts: dict[str, object] = {}
     by_site: dict[str, Mapping[str, Tensor]] = {}
     if isinstance(method, KeyValueMethod):
-        start = prefix_start(model, method, chosen, tokenizer)
+        start = prefix_start(model, method, chosen, tokenizer, example)
         method, facts = cast(KeyValueMethod, start.method), {"start": start.note}
         for site in chosen:
             here, recorded = method.at(site), start.recorded[site.path]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach import Adapter, adapters_of, bare_copy, detach, set_labels, tensors_of, unwrapped, using
+from adapters._attach.swap import base_class
 from adapters._contract import WeightSite
 from adapters._errors import AdapterError
 from adapters._fourbit import quantized_modules, quantized_stacks, replace_module
@@ -196,7 +197,7 @@ def _apply(
 def count_outputs(layers: list[nn.Module]) -> None:
     """Linear layers say how many outputs their weight has."""
     for layer in layers:
-        if type(layer) is nn.Linear:
+        if base_class(layer) is nn.Linear and isinstance(layer, nn.Linear):
             layer.out_features = layer.weight.shape[0]
 
 

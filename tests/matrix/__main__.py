@@ -108,7 +108,7 @@ def _summary(rows: list[Row], console: Console) -> None:
         if row.method != DONE:
             key = (row.pair, row.method)
             ended[key] = min(ended.get(key, "no object"), row.result, key=worst.__getitem__)
-    for method in ("build", *METHODS, "job"):
+    for method in ("build", "map", *METHODS, "job"):
         counts = Counter(result for (_, name), result in ended.items() if name == method)
         if counts:
             console.print(f"{method:10}", ", ".join(f"{count} {result}" for result, count in counts.items()))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,51 @@ def run(pair: Pair, emit: Callable[[Row], None], methods: Collection[str], laws:
         emit(("build", "", "fail", _reason(error), time.monotonic() - started))
         return
     emit(("build", "", "pass", f"{sum(p.numel() for p in model.parameters())} parameters", time.monotonic() - started))
+    try:
+        example = None if _probed(model) else batch
+        found = _mapped(model, example)
+    except Exception as error:
+        result = "refused" if isinstance(error, adapters.AdapterError) else "fail"
+        emit(("map", "", result, _reason(error), time.monotonic() - started))
+        return
+    how = f"{len(list(found))} sites" + (", found with example=" if example is not None else "")
+    emit(("map", "", "pass", how, time.monotonic() - started))
     for method in methods:
-        _method(method, model, batch, emit, laws)
+        _method(method, model, batch, found, example, emit, laws)
+
+
+def _probed(model: nn.Module) -> bool:
+    """Whether the probe can make an input for the model by itself."""
+    try:
+        adapters.sites(model)
+    except adapters.AdapterError:
+        return False
+    return True
+
+
+def _mapped(model: nn.Module, example: dict[str, Any] | None) -> adapters.SiteMap:
+    """The model's map, in which every parameter of two or more dimensions stands once, and which survives JSON."""
+    found = adapters.sites(model, example)
+    assert adapters.SiteMap.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    named = [path for site in found.weights for path in (site.path, *site.aliases)]
+    known = {*named, *(left.path for left in (*found.unreached, *found.others))}
+    names: dict[int, set[str]] = defaultdict(set)
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.dim() >= 2:
+            names[id(parameter)].add(path)
+    silent = [sorted(paths)[0] for paths in names.values() if not paths & known]
+    assert not silent, f"the map does not mention {silent[:3]}"
+    return found
 
 
 def _method(
-    label: str, model: nn.Module, batch: dict[str, Any], emit: Callable[[Row], None], laws: Collection[int]
+    label: str,
+    model: nn.Module,
+    batch: dict[str, Any],
+    found: adapters.SiteMap,
+    example: dict[str, Any] | None,
+    emit: Callable[[Row], None],
+    laws: Collection[int],
 ) -> None:
     name, options = METHODS[label]
     nf4 = label == "qlora"
@@ -55,10 +95,11 @@ def _method(
         except Exception as error:
             emit((label, "", "not run", f"the base does not run in bf16: {_reason(error)}", 0.0))
             return
-    case = Case(lambda: copy.deepcopy(model), batch, name, options, dtype, nf4, NOISE.get(label, 0.08))
+    noise, seen = NOISE.get(label, 0.08), batch if example is not None else None
+    # traced once: the laws hold for a map as for a trace
+    case = Case(lambda: copy.deepcopy(model), batch, name, options, dtype, nf4, noise, found, seen)
     try:
         case.attach(case.base())
-        case = replace(case, sites=adapters.sites(model))  # traced once; the laws hold for a map as for a trace
     except adapters.AdapterError as error:
         emit((label, "", "refused", str(error), 0.0))
         return
