@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from adapters._hub import load_base
     from adapters._merge import Certificate, merge
     from adapters._quantize import QuantizeReport, quantize
-    from adapters._sites import SiteMap, sites
+    from adapters._sites import SiteMap, explain, sites
     from adapters._store import AdapterInfo, LoadReport, SaveReport, inspect, load, save, swap
 
 _WHERE = {
@@ -46,7 +46,7 @@ _WHERE = {
     "_hub": "load_base",
     "_merge": "Certificate merge",
     "_quantize": "QuantizeReport quantize",
-    "_sites": "SiteMap sites",
+    "_sites": "SiteMap explain sites",
     "_store": "AdapterInfo LoadReport SaveReport inspect load save swap",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
@@ -80,6 +80,7 @@ __all__ = [
     "adapters_of",
     "attach",
     "detach",
+    "explain",
     "inspect",
     "load",
     "load_base",

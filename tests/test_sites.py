@@ -430,3 +430,26 @@ def test_the_trace_is_linear_in_depth() -> None:
     found = sites(model)
     assert len(found.weights) == 30 * 7 + 2
     assert time.process_time() - started < 3.0
+
+
+EXPLAINED = {
+    "model.layers.0.mlp.gate.weight": ["role router", "adapted only when named: chooses or weighs experts"],
+    "*.1.mlp.experts.down_proj": ["4 experts", "role mlp.down", "rows of a batch: routed", "adapted by default"],
+    "model.layers.0.self_attn": ["output 0, 64 wide", "an attention branch", "interface, 2 heads of 16, causal"],
+    "model.layers.1.self_attn.q_proj": ["role attention.query", "access call", "model.layers.1.self_attn[0] returns"],
+    "lm_head": ["role head", "the output embeddings"],
+    "model.norm.weight": ["no site: it has less than two dimensions"],
+}
+
+
+@pytest.mark.parametrize("path", EXPLAINED)
+def test_an_explanation_names_role_rule_and_default(path: str) -> None:
+    said = adapters.explain(tiny.build("qwen3_moe"), path)
+    assert all(word in said for word in EXPLAINED[path]), said
+
+
+def test_what_cannot_be_explained_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(AdapterError, match=r"no parameter or module 'model.layers.0.self_atn'; did you mean"):
+        adapters.explain(tiny.build("llama"), "model.layers.0.self_atn")
+    with pytest.raises(AdapterError, match="holds no weight and is neither a stream nor an attention"):
+        adapters.explain(tiny.build("llama"), "model.layers.0.mlp.act_fn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from adapters._sites.aside import Unreached
 from adapters._sites.discover import example_inputs, sites
+from adapters._sites.explain import explain
 from adapters._sites.map import SiteMap
 from adapters._sites.probe import Example
 from adapters._sites.record import site_of, site_record
@@ -15,6 +16,7 @@ __all__ = [
     "can_act",
     "Example",
     "example_inputs",
+    "explain",
     "matches",
     "Predicate",
     "running_as",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from adapters._sites.places import keyvalue_sites, stream_sites, unplaced
 from adapters._sites.probe import Example, Probe, padded, probes
 from adapters._sites.roles import find_roles
 from adapters._sites.still import observed_attention, stand_ins, still, unadapted
-from adapters._sites.streams import find_branches
+from adapters._sites.streams import Branch, find_branches
 from adapters._sites.tappable import tappable, tried
 from adapters._sites.trace import Tracer, record
 from adapters._sites.unbranched import unbranched
@@ -40,8 +41,7 @@ def sites(model: nn.Module, example: Example = None) -> SiteMap:
     Raises:
         AdapterError: The model could not be run on the example, or on one made up for it.
     """
-    with unadapted(model):
-        return _sites(model, example)
+    return discover(model, example).sites
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any]:
@@ -57,7 +57,22 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     raise AdapterError(f"no tiny batch could be made up for {type(model).__name__}: {failure}; pass example=.")
 
 
-def _sites(model: nn.Module, example: Example) -> SiteMap:
+@dataclass(frozen=True)
+class Discovery:
+    """A model's map, and what it was read off."""
+
+    sites: SiteMap
+    graph: Graph
+    branches: tuple[Branch, ...]
+
+
+def discover(model: nn.Module, example: Example) -> Discovery:
+    """Traces `model` once. Arguments and errors are those of `sites`."""
+    with unadapted(model):
+        return _discover(model, example)
+
+
+def _discover(model: nn.Module, example: Example) -> Discovery:
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
     graph, probe = _run(model, modules, parameters, example)
@@ -77,7 +92,7 @@ def _sites(model: nn.Module, example: Example) -> SiteMap:
         aside=aside,
         inside={path for path, module in modules.items() if module in below},
     )
-    return SiteMap(
+    found = SiteMap(
         model=type(model).__name__,
         weights=(*weights, *more),
         streams=tuple(stream_sites(graph, branches, reason)),
@@ -87,6 +102,7 @@ def _sites(model: nn.Module, example: Example) -> SiteMap:
         others=tuple(others),
         unplaced=tuple(unplaced(loose)),
     )
+    return Discovery(found, graph, (*branches, *loose))
 
 
 def _attentions(

@@ -39,7 +39,24 @@ def _branch_roles(graph: Graph, branch: Branch, attentions: list[Attention]) -> 
     def deep(value: Value) -> set[str]:  # low-rank attention: projections before the projection
         return {w for v in ancestors(value, branch.stream.index + 1).values() if v.use for w in v.use.weights}
 
-    return _projections(attentions, deep) | roles
+    found = _projections(attentions, deep) | roles
+    for use in branch.sites:
+        if not use.weights & found.keys() and _gates(branch, use, mixed):
+            found.update(dict.fromkeys(use.weights, "attention.gate"))
+    return found
+
+
+def _gates(branch: Branch, use: Use, mixed: set[int]) -> bool:
+    """Whether a product's result, before another weight, multiplies what was made from the attention."""
+    reached = {use.index}
+    for index, value in sorted(branch.inside.items()):
+        parents = [p.index for p in value.active]
+        if index <= use.index or value.use is not None or not reached.intersection(parents):
+            continue
+        if value.op in TIMES and mixed.intersection(parents):
+            return True
+        reached.add(index)
+    return False
 
 
 def _nearest(value: Value) -> set[str]:
