@@ -250,7 +250,14 @@ def law_8_merged_is_adapted_or_refused(case: Case, folder: Path) -> None:
             adapters.merge(model, "fr", example=case.inputs)
         assert_same(snapshot(model), before)
         return
-    certificate = adapters.merge(model, "fr", example=case.inputs)
+    try:
+        certificate = adapters.merge(model, "fr", example=case.inputs)
+    except adapters.AdapterError as error:
+        # experts are chosen otherwise after a rounding in 16 bits; what differs by more than that may be refused
+        assert case.dtype != torch.float32, error
+        assert "more than the tolerance" in str(error), error
+        assert_same(snapshot(model), before)
+        return
     assert adapters_of(model) == {}
     assert relative(output(model, case.inputs), adapted) <= certificate.tolerance
     assert certificate.error <= certificate.tolerance < certificate.effect

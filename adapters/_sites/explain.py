@@ -130,9 +130,9 @@ def _place(found: Discovery, site: Site) -> list[str]:
         where = f"argument {site.input!r}" if site.input is not None else f"what {site.tap} is given"
         known = where if site.input is not None or site.tap is not None else "not at hand"
         key = "" if site.output is None else f" {site.output}"
+        what = f"{site.width} wide, is what an {site.branch} branch adds to the residual stream"
         return [
-            f"  a stream site: its output{key}, {site.width} wide, is what an {site.branch} branch adds to the residual "
-            f"stream; the branch's input: {known}",
+            f"  a stream site: its output{key}, {what}; the branch's input: {known}",
             f"  {site.branch}: {_KINDS[site.branch]}",
             default,
         ]

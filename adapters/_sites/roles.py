@@ -41,19 +41,19 @@ def _branch_roles(graph: Graph, branch: Branch, attentions: list[Attention]) -> 
 
     found = _projections(attentions, deep) | roles
     for use in branch.sites:
-        if not use.weights & found.keys() and _gates(branch, use, mixed):
+        if not use.weights & found.keys() and _gates(branch, use, mixed, graph.mixers):
             found.update(dict.fromkeys(use.weights, "attention.gate"))
     return found
 
 
-def _gates(branch: Branch, use: Use, mixed: set[int]) -> bool:
+def _gates(branch: Branch, use: Use, mixed: set[int], mixers: frozenset[int]) -> bool:
     """Whether a product's result, before another weight, multiplies what was made from the attention."""
     reached = {use.index}
     for index, value in sorted(branch.inside.items()):
         parents = [p.index for p in value.active]
-        if index <= use.index or value.use is not None or not reached.intersection(parents):
+        if index <= use.index or value.use is not None or index in mixers or not reached.intersection(parents):
             continue
-        if value.op in TIMES and mixed.intersection(parents):
+        if value.op in TIMES and len(parents) == 2 and mixed.intersection(parents) - reached:
             return True
         reached.add(index)
     return False
