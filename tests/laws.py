@@ -254,8 +254,8 @@ def law_8_merged_is_adapted_or_refused(case: Case, folder: Path) -> None:
         certificate = adapters.merge(model, "fr", example=case.inputs)
     except adapters.AdapterError as error:
         # experts are chosen otherwise after a rounding in 16 bits; what differs by more than that may be refused
-        assert case.dtype != torch.float32, error
-        assert "more than the tolerance" in str(error), error
+        if case.dtype == torch.float32 or "more than the tolerance" not in str(error):
+            raise
         assert_same(snapshot(model), before)
         return
     assert adapters_of(model) == {}
