@@ -159,7 +159,7 @@ def test_every_tensor_of_pefts_file_is_accounted_for(tmp_path: Path) -> None:
     save_file({**whole, key: whole[key] * float("nan")}, path)
     refused("llama", tmp_path, "not finite")
     save_file(whole, path)
-    refused("gpt2", tmp_path, "no linear layer of this model")
+    refused("gpt2", tmp_path, "no layer of this model that LoRA adapts")
     path.write_bytes(path.read_bytes()[:-7])
     refused("llama", tmp_path, "truncated or damaged")
     path.unlink()

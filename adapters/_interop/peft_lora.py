@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from adapters._contract import Method, WeightSite
 from adapters._errors import AdapterError, DamagedAdapter
 from adapters._interop.folder import CONFIG, PREFIX, FromPeft, require_targets, trained_heads
+from adapters._interop.layers import LINEAR, PARTS, Layer, layers_of, stored_shape
 from adapters._interop.patterns import from_peft, pattern_value, to_peft
 from adapters._interop.peft_bias import take_biases
+from adapters._interop.targets import base_modules
 from adapters._sites import SiteMap
 from adapters.methods.dora import DoRA
 from adapters.methods.lora import LoRA
 
-PARTS = {"a": "lora_A.weight", "b": "lora_B.weight", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
 CONVERTED = "PEFT trained biases of the base: their differences from this model's are the adapter's own now."
 
 
@@ -51,56 +52,77 @@ def _number(alpha: float) -> float:
 
 
 def read_lora(config: Mapping[str, Any], tensors: dict[str, Tensor], model: nn.Module, sites: SiteMap) -> FromPeft:
-    owners = {site.owner: site for site in sites.weights if site.access == "call"}
-    found = _parts(config, tensors, owners)
-    require_targets(config, set(found), set(owners))
-    adapted = {owner: site for owner, site in owners.items() if owner in found}
+    modules = base_modules(model)
+    layers = layers_of(sites.weights, modules)
+    found = _parts(config, tensors, layers)
+    _take_tables(tensors, layers, modules)
+    require_targets(config, set(found), set(layers))
+    adapted = {owner: layer.site for owner, layer in layers.items() if owner in found}
     method = _method(config, {owner: parts["a"].shape[0] for owner, parts in found.items()})
-    shifts = take_biases(config, tensors, model, adapted)
+    linear = {owner: site for owner, site in adapted.items() if layers[owner].kind == "linear"}
+    shifts = take_biases(config, tensors, model, linear)
     changed = any(bool(shift.any()) for shift in shifts.values())
     if changed:
-        method = _with_biases(method, adapted, found, shifts)
+        method = _with_biases(method, linear, found, shifts)
     head, trained = trained_heads(config, tensors, model)
-    ours = {f"{owners[owner].path}:{name}": part for owner, parts in found.items() for name, part in parts.items()}
+    ours = {f"{adapted[owner].path}:{name}": part for owner, parts in found.items() for name, part in parts.items()}
     base = config.get("base_model_name_or_path")
     notes = (CONVERTED,) if changed else ()
     return FromPeft(method, tuple(adapted.values()), head, ours | trained, base, notes)
 
 
 def _parts(
-    config: Mapping[str, Any], tensors: dict[str, Tensor], owners: Mapping[str, WeightSite]
+    config: Mapping[str, Any], tensors: dict[str, Tensor], layers: Mapping[str, Layer]
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors of each adapted module by our names, complete and of the right shapes."""
-    names = {part: name for name, part in PARTS.items()}
+    names = {part: name for parts in PARTS.values() for name, part in parts.items()}
     found: dict[str, dict[str, Tensor]] = {}
     for key in [key for key in tensors if key.endswith(tuple(f".{part}" for part in names))]:
         owner, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
-        found.setdefault(owner, {})[names[f"lora_{part}"]] = tensors.pop(key)
+        found.setdefault(owner, {})[f"lora_{part}"] = tensors.pop(key)
     optional = {"magnitude": "use_dora", "bias": "lora_bias"}
     wanted = {"a", "b", *(name for name, option in optional.items() if config.get(option))}
     for owner, parts in found.items():
-        if owner not in owners:
-            raise AdapterError(f"the adapter changes {owner}, which is no linear layer of this model.")
-        for name in sorted(wanted ^ set(parts)):
-            what = "lacks" if name in wanted else "holds"
-            raise DamagedAdapter(f"the file {what} {PARTS[name]} of {owner}, unlike what {CONFIG} says.")
-        _check_shapes(owners[owner], parts)
+        if owner not in layers:
+            raise AdapterError(f"the adapter changes {owner}, which is no layer of this model that LoRA adapts.")
+        expected = {PARTS[layers[owner].kind].get(name, LINEAR[name]) for name in wanted}
+        for part in sorted(expected ^ set(parts)):
+            what = "lacks" if part in expected else "holds"
+            raise DamagedAdapter(f"the file {what} {part} of {owner}, unlike what {CONFIG} says.")
+        found[owner] = _unfolded(layers[owner], {names[part]: held for part, held in parts.items()})
     return found
 
 
-def _check_shapes(site: WeightSite, parts: Mapping[str, Tensor]) -> None:
-    a, b = parts["a"], parts["b"]
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != site.n_in or b.shape != (site.n_out, a.shape[0]):
-        raise AdapterError(
-            f"the adapter's {site.owner} is {list(b.shape)} times {list(a.shape)}, "
-            f"but the layer here is {site.n_out} by {site.n_in}."
-        )
-    for name in ("bias", "magnitude"):
-        if name in parts and parts[name].shape != (site.n_out,):
+def _unfolded(layer: Layer, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in our shapes, which those of a convolution are not."""
+    site, kind = layer
+    if kind != "linear" and set(parts) != {"a", "b"}:
+        raise AdapterError(f"the adapter has DoRA or a bias at {site.owner}, which only a linear layer can have here.")
+    rank = parts["a"].shape[0] if parts["a"].dim() else 0
+    shapes = {"a": (rank, site.n_in), "b": (site.n_out, rank), "bias": (site.n_out,), "magnitude": (site.n_out,)}
+    for name, held in parts.items():
+        shape = stored_shape(kind, name, site, rank) or shapes[name]
+        if held.shape != shape:
             raise AdapterError(
-                f"the adapter's {PARTS[name]} at {site.owner} is {list(parts[name].shape)}, "
-                f"but the layer here has {site.n_out} outputs."
+                f"the adapter's {PARTS[kind][name]} at {site.owner} is {list(held.shape)}, "
+                f"but the layer here takes {list(shape)}."
             )
+    return {name: held.reshape(shapes[name]) for name, held in parts.items()}
+
+
+def _take_tables(tensors: dict[str, Tensor], owners: Collection[str], modules: Mapping[str, nn.Module]) -> None:
+    """Takes out the base's own weights, which PEFT stores beside those of an adapted table.
+
+    Raises:
+        AdapterError: they are other weights than this model's, as after tokens were added.
+    """
+    for key in [key for key in tensors if key.endswith(".base_layer.weight")]:
+        owner = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+        if owner not in owners:
+            continue
+        stored, base = tensors.pop(key), modules[owner].get_parameter("weight").detach()
+        if stored.shape != base.shape or not torch.equal(stored.to(base), base):
+            raise AdapterError(f"the file holds weights of {owner} that are not this model's: tokens were added to it.")
 
 
 def _method(config: Mapping[str, Any], ranks: Mapping[str, int]) -> LoRA | DoRA:

@@ -13,13 +13,13 @@ from adapters._attach.swap import base_class
 from adapters._contract import Method, Site, WeightSite
 from adapters._interop import peft_ia3, peft_lora
 from adapters._interop.folder import PREFIX
+from adapters._interop.layers import PARTS, kind_of, layers_of, stored_shape
 from adapters._interop.targets import base_modules, shortest
 from adapters.methods.dora import DoRA
 from adapters.methods.ia3 import IA3
 from adapters.methods.lora import LoRA
 from adapters.methods.qlora import QLoRA
 
-PARTS = peft_lora.PARTS | peft_ia3.PARTS
 TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),
     ("ForTokenClassification", "TOKEN_CLS"),
@@ -29,10 +29,11 @@ TASKS = (
 
 @dataclass(frozen=True)
 class PeftFiles:
-    """`adapter_config.json`, and PEFT's name for each of our tensors."""
+    """`adapter_config.json`, PEFT's name for each of our tensors, and its shape where that is another than ours."""
 
     config: bytes
     keys: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
 
 
 def express(
@@ -53,7 +54,7 @@ def express(
     if not isinstance(method, LoRA | DoRA | IA3):
         return f"PEFT has no method that computes what {method.name!r} does"
     modules = base_modules(model)
-    reason = next((reason for site in sites if (reason := _inexpressible(site, modules))), None)
+    reason = next((reason for site in sites if (reason := _inexpressible(method, site, modules))), None)
     if reason is not None:
         return reason
     weights = [site for site in sites if isinstance(site, WeightSite)]
@@ -63,10 +64,10 @@ def express(
     saved = _heads(head, modules)
     if saved is None:
         return f"PEFT's modules_to_save cannot name {', '.join(head)} alone"
-    transposed = any(site.transposed for site in weights)
+    transposed = any(site.transposed and site.role != "embedding" for site in weights)
     config = _config(own, saved, transposed, _task(model, head), base)
-    owners = {site.path: site.owner for site in weights}
-    return PeftFiles((json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), _keys(tensors, owners))
+    text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    return PeftFiles(text, *_stored(method, weights, tensors, modules))
 
 
 def _own(
@@ -82,16 +83,19 @@ def _own(
     return own if isinstance(own, str) else {**own, "target_modules": targets}
 
 
-def _inexpressible(site: Site, modules: dict[str, nn.Module]) -> str:
+def _inexpressible(method: LoRA | DoRA | IA3, site: Site, modules: dict[str, nn.Module]) -> str:
     if not isinstance(site, WeightSite):
         return f"{site.path} is not a weight"
-    if site.access != "call" or site.experts is not None or site.parameter != "weight":
-        return f"PEFT cannot adapt {site.path}, which is read as a parameter and not called as a module"
+    kind = kind_of(site, modules[site.owner])
+    if kind is None:
+        how = "called as a module" if site.access == "call" else "read as a parameter and not called as a module"
+        return f"PEFT cannot adapt {site.path}, which is {how} of the class {base_class(modules[site.owner]).__name__}"
+    if kind != "linear":
+        # PEFT's DoRA takes the norms of tables and kernels over other axes, and it has no bias there
+        alike = isinstance(method, LoRA) and not method.bias
+        return "" if alike else f"PEFT computes something else than {method.name!r} does at {site.path}"
     shared = [path for path in site.aliases if isinstance(modules.get(path.rpartition(".")[0]), nn.Linear)]
-    if shared:
-        return f"{site.path} is also {shared[0]}, and PEFT would adapt only one of the two"
-    known = isinstance(modules[site.owner], nn.Linear) or base_class(modules[site.owner]).__name__ == "Conv1D"
-    return "" if known else f"PEFT does not know the layer type of {site.owner}"
+    return f"{site.path} is also {shared[0]}, and PEFT would adapt only one of the two" if shared else ""
 
 
 def _heads(head: Sequence[str], modules: dict[str, nn.Module]) -> list[str] | None:
@@ -131,11 +135,21 @@ def _config(
     }
 
 
-def _keys(tensors: Sequence[str], owners: dict[str, str]) -> dict[str, str]:
-    keys = {}
+def _stored(
+    method: LoRA | DoRA | IA3, sites: Sequence[WeightSite], tensors: Sequence[str], modules: dict[str, nn.Module]
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """PEFT's name for each tensor, and its shape where that is another than ours."""
+    layers = {layer.site.path: layer for layer in layers_of(sites, modules).values()}
+    keys, shapes = {}, {}
     for key in tensors:
         path, _, name = key.rpartition(":")
-        is_head = path not in owners
-        part = f"{path}.{name.removeprefix('head.')}" if is_head else f"{owners[path]}.{PARTS[name]}"
-        keys[key] = f"{PREFIX}{part}"
-    return keys
+        if path not in layers:
+            keys[key] = f"{PREFIX}{path}.{name.removeprefix('head.')}"
+            continue
+        site, kind = layers[path]
+        parts = peft_ia3.PARTS if isinstance(method, IA3) else PARTS[kind]
+        keys[key] = f"{PREFIX}{site.owner}.{parts[name]}"
+        shape = None if isinstance(method, IA3) else stored_shape(kind, name, site, method.at(site).rank)
+        if shape is not None:
+            shapes[key] = shape
+    return keys, shapes

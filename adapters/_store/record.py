@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import safetensors
@@ -152,17 +153,19 @@ def _files(view: View, expected: Any) -> dict[str, bytes]:
 
 
 def _tensors(weights: bytes, expected: Any) -> dict[str, Tensor]:
-    """The tensors by our names: exactly those recorded, in their shapes and types."""
+    """The tensors by our names: exactly those recorded, in their types, seen in their shapes (PEFT's may be others)."""
     stored = parse(weights)
     by_file_key = {entry["file_key"]: key for key, entry in expected.items()}
     for file_key in sorted(set(by_file_key) ^ set(stored)):
         what = "holds the unknown tensor" if file_key in stored else "lacks the tensor"
         raise DamagedAdapter(f"{WEIGHTS} {what} {file_key}.")
+    found = {}
     for file_key, key in by_file_key.items():
         tensor, entry = stored[file_key], expected[key]
-        if list(tensor.shape) != entry["shape"] or _name(tensor) != entry["dtype"]:
+        if tensor.numel() != prod(entry["shape"]) or _name(tensor) != entry["dtype"]:
             raise DamagedAdapter(f"{WEIGHTS}: {file_key} has another shape or type than {RECORD} says.")
-    return {key: stored[file_key] for file_key, key in by_file_key.items()}
+        found[key] = tensor.view(entry["shape"])
+    return found
 
 
 def parse(weights: bytes) -> dict[str, Tensor]:

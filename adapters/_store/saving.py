@@ -128,8 +128,9 @@ def base_name(model: nn.Module) -> str | None:
 
 def _files(bundle: Bundle, expressed: PeftFiles | str) -> dict[str, bytes]:
     keys = expressed.keys if isinstance(expressed, PeftFiles) else {key: key for key in bundle.tensors}
-    # "format" is what transformers and PEFT look for in the header
-    weights = safetensors.torch.save({keys[key]: tensor for key, tensor in bundle.tensors.items()}, {"format": "pt"})
+    shapes = expressed.shapes if isinstance(expressed, PeftFiles) else {}
+    held = {keys[key]: tensor.view(shapes.get(key, tensor.shape)) for key, tensor in bundle.tensors.items()}
+    weights = safetensors.torch.save(held, {"format": "pt"})  # what transformers and PEFT look for in the header
     config = expressed.config if isinstance(expressed, PeftFiles) else None
     files = {WEIGHTS: weights, RECORD: encode(bundle, keys, config, weights)}
     return {**files, CONFIG: config} if config is not None else files
