@@ -110,13 +110,19 @@ def _convolved(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 @_shortcut("embedding")
 def _looked_up(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """A table (n, m): row i of base + s left right is base[i] + s left[i] right."""
-    given = _named(("input", "weight"), args[:2], {})
-    ids, w = given.get("input"), given.get("weight")
-    if not isinstance(w, Factored) or not isinstance(ids, Tensor) or w.kernel or kwargs.get("max_norm") is not None:
+    """A table (n, m): row i of base + s left right is base[i] + s left[i] right; the padding's takes no gradient."""
+    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
+    given = _named(names, args, kwargs)
+    ids, w, padding = given.get("input"), given.get("weight"), given.get("padding_idx")
+    if not isinstance(w, Factored) or not isinstance(ids, Tensor) or w.kernel:
+        return None
+    if given.get("max_norm") is not None or given.get("scale_grad_by_freq"):
         return None
     y: Tensor = func(ids, w.base, *args[2:], **kwargs)
     left = F.embedding(ids, w.left)
     if w.dropout:  # what meets the table is one-hot: its one element is zeroed, or is not
         left = left * F.dropout(left.new_ones(*left.shape[:-1], 1), w.dropout)
-    return y + w.scale * (left @ w.right).to(y.dtype)
+    change = left @ w.right
+    if padding is not None:
+        change = torch.where((ids == padding % w.base.shape[0])[..., None], change.detach(), change)
+    return y + w.scale * change.to(y.dtype)

@@ -9,29 +9,20 @@ the first positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from adapters._attach.injection import recording
-from adapters._attach.inside import of_first_row, recording_written
 from adapters._attach.positions import forward_parameters
-from adapters._attach.state import State, holding, state_of
+from adapters._attach.recorded import NegativePosition, Recorded, of_length, record
 from adapters._attach.swap import base_class
 from adapters._contract import KeyValueMethod, KeyValueSite, LayerSite, Method, Site
 from adapters._errors import AdapterError
-from adapters._evaluating import evaluating
 from adapters._heads import base_model
-from adapters._sites import example_inputs
-
-Recorded = Mapping[str, tuple[Tensor, ...]]
+from adapters._sites import example_inputs, setting
 
 
 @dataclass(frozen=True)
@@ -62,17 +53,19 @@ def prefix_start(
     causal = all(site.causal for site in sites if isinstance(site, KeyValueSite))
     if layered:
         positions = "shifted"
-        recorded = _record(model, runs, sites, _inputs(runs, ids, None))
+        _require_room(model, runs, sites, length)
+        recorded, how = _of_text(model, runs, sites, ids, None)
     elif positions == "before" and "position_ids" in names and causal:
         try:
-            recorded = _record(model, runs, sites, _inputs(runs, ids, -length))
-        except _Negative:
+            recorded, how = _of_text(model, runs, sites, ids, -length)
+        except NegativePosition:
             positions = "shifted"
             note += "; this model embeds positions, so the real tokens move behind the prefix (positions='shifted')"
-            recorded = _record(model, runs, sites, _inputs(runs, ids, 0))
+            recorded, how = _of_text(model, runs, sites, ids, 0)
     else:
-        recorded = _record(model, runs, sites, _inputs(runs, ids, None))
-    recorded, cycled = _of_length(recorded, length)
+        recorded, how = _of_text(model, runs, sites, ids, None)
+    recorded, cycled = of_length(recorded, length)
+    note += how
     note += "; an attention that sees fewer positions repeats them" if cycled else ""
     return Start(replace(method, length=length, positions=positions), recorded, note)
 
@@ -84,6 +77,53 @@ def _below_the_head(model: nn.Module, sites: tuple[Site, ...]) -> nn.Module:
     return base if base is not None and all(site.path.startswith(f"{path}.") for site in sites) else model
 
 
+def _of_text(
+    model: nn.Module, runs: nn.Module, sites: tuple[Site, ...], ids: Tensor, first: int | None
+) -> tuple[Recorded, str]:
+    """What the sites see of the tokens `ids` (1, length), in the first form that the model runs on; and that form."""
+    failed: Exception | None = None
+    for form, note in _forms(model, ids):
+        try:
+            return record(model, runs, sites, _inputs(runs, form, first)), note
+        except AdapterError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            failed = failed or error
+    raise AdapterError(
+        f"the model does not run on the {ids.shape[1]} tokens that the prefix starts as: {str(failed)[:200]}."
+    ) from failed
+
+
+def _forms(model: nn.Module, ids: Tensor) -> Iterator[tuple[Tensor, str]]:
+    yield ids, ""
+    books = setting(model, "num_codebooks")  # audio decoders take a row of tokens for each codebook
+    if isinstance(books, int) and books > 1:
+        yield ids.expand(books, -1), f"; each of the {books} codebooks is given them"
+    usual = example_inputs(model).get("input_ids", ids).shape[-1]
+    if usual > ids.shape[1]:  # pooling and chunked attentions run on no fewer than some number of tokens
+        repeats = -(-usual // ids.shape[1])
+        yield ids.repeat(1, repeats)[:, :usual], f"; they are repeated to {usual}, as this model runs on no fewer"
+
+
+def _require_room(model: nn.Module, runs: nn.Module, sites: tuple[Site, ...], length: int) -> None:
+    """Virtual tokens are tokens to the model: one that takes an input must take `length` more."""
+    given = example_inputs(model).get("input_ids")
+    if given is None:
+        return
+    longer = given[:1, torch.arange(given.shape[1] + length) % given.shape[1]]
+    try:
+        record(model, runs, sites, _inputs(runs, given[:1], None))
+    except (RuntimeError, ValueError, IndexError):
+        return  # it is not the length that this model objects to
+    try:
+        record(model, runs, sites, _inputs(runs, longer, None))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise AdapterError(
+            f"the model runs on {given.shape[1]} tokens and not on the {longer.shape[1]} that they are with {length} "
+            f"virtual ones before them ({str(error)[:200]}): use lora or bottleneck, which add no tokens."
+        ) from error
+
+
 def _from_a_neutral_input(
     model: nn.Module, method: KeyValueMethod, sites: tuple[Site, ...], example: Mapping[str, Any] | None
 ) -> Start:
@@ -93,18 +133,9 @@ def _from_a_neutral_input(
         raise AdapterError("this model is given no tokens, so a prefix cannot start from text: give a length.")
     given = example if example is not None else example_inputs(model)
     inputs = {key: torch.zeros_like(x) if _floating(x) else x for key, x in given.items()}
-    recorded, _ = _of_length(_record(model, model, sites, inputs), length)
+    recorded, _ = of_length(record(model, model, sites, inputs), length)
     note = f"starts as the first {length} positions of an input of zeros"
     return Start(replace(method, length=length), recorded, note)
-
-
-def _of_length(recorded: Recorded, length: int) -> tuple[Recorded, bool]:
-    """The first `length` positions; those of an attention that has fewer, as one over windows, are repeated."""
-    cycled = any(x.shape[-2] < length for parts in recorded.values() for x in parts)
-    index = torch.arange(length)
-    return {
-        path: tuple(x[..., index.to(x.device) % x.shape[-2], :] for x in parts) for path, parts in recorded.items()
-    }, cycled
 
 
 def _tokens(model: nn.Module, method: KeyValueMethod, tokenizer: Any) -> tuple[Tensor, str]:
@@ -137,32 +168,6 @@ def neutral_token(model: nn.Module) -> int:
     return 0
 
 
-class _Negative(Exception):
-    """A negative position was looked up in a table."""
-
-
-class _NoNegativeLookup(TorchFunctionMode):
-    """Raises before a table is indexed with a negative number: on a GPU the lookup itself would end the process."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _LOOKUPS:
-            # what is looked up may be negative itself; only indices may not. F.embedding takes the index first
-            for index in _integers((args[:1] if func is F.embedding else args[1:], tuple(kwargs.values()))):
-                if index.numel() and bool((index < 0).any()):
-                    raise _Negative
-        return func(*args, **kwargs)
-
-
-_LOOKUPS = (F.embedding, torch.embedding, torch.Tensor.__getitem__, torch.index_select, torch.gather)
-
-
-def _integers(values: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.dtype in (torch.int64, torch.int32)]
-
-
 def _floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
@@ -182,54 +187,3 @@ def _inputs(model: nn.Module, ids: Tensor, first: int | None) -> dict[str, Any]:
     if "use_cache" in names or hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
     return inputs
-
-
-def _record(model: nn.Module, runs: nn.Module, sites: tuple[Site, ...], inputs: Mapping[str, Any]) -> Recorded:
-    paths = {id(model.get_submodule(site.path)): site.path for site in sites}
-    heads = {site.path: site.heads for site in sites if isinstance(site, KeyValueSite)}
-    own = {site.path: site for site in sites if isinstance(site, KeyValueSite) and site.product is not None}
-    found: dict[str, tuple[Tensor, ...]] = {}
-
-    def see(module: nn.Module, keys: Tensor, values: Tensor) -> None:
-        path = paths.get(id(module))
-        if path is not None:
-            found.setdefault(path, tuple(of_first_row(x, heads[path]).float() for x in (keys, values)))
-
-    layers = {site.path: site for site in sites if isinstance(site, LayerSite)}
-    with (
-        evaluating(model),
-        holding(state_of(model) or State(), ()),
-        recording(see),
-        recording_written(model, own, see),
-        _entering(model, layers, found),
-        _NoNegativeLookup(),
-    ):
-        runs(**inputs)
-    missing = [site.path for site in sites if site.path not in found]
-    if missing:
-        raise AdapterError(f"nothing reached {missing[0]} when the model was run to see what a prefix starts as.")
-    return found
-
-
-@contextmanager
-def _entering(
-    model: nn.Module, layers: Mapping[str, LayerSite], found: dict[str, tuple[Tensor, ...]]
-) -> Iterator[None]:
-    """Notes the hidden states of the first row that enter each layer: (tokens, width)."""
-
-    def see(site: LayerSite) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[site.input] if isinstance(site.input, int) else kwargs[str(site.input)]
-            found.setdefault(site.path, (x.detach().select(1 - site.axis, 0).float(),))
-
-        return hook
-
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(see(site), with_kwargs=True)
-        for path, site in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

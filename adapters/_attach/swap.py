@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters._attach.chain import without_container
 from adapters._attach.container import CHILD, Container, ScaledInput
 from adapters._attach.inputs import input_call, is_cut_off
 from adapters._attach.inside import WRITTEN, written_call
@@ -61,6 +62,8 @@ def adapted_class(base: Any, faces: frozenset[str]) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "__reduce_ex__": lambda self, protocol: (_restore, (base, faces), self.__dict__),
     }
+    if issubclass(base, nn.Sequential):
+        space |= without_container(base)
     if {CALL, SCALED, TAP} & faces:
         space["__call__"] = _site_call(_scaling_call(base) if SCALED in faces else base.__call__, TAP in faces)
     for face in faces:

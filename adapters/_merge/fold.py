@@ -136,7 +136,7 @@ def _check_tied(model: nn.Module, path: str, expected: Collection[str]) -> None:
     owner, _, name = path.rpartition(".")
     shared = model.get_submodule(owner)._parameters[name]
     for other, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter is not shared:
+        if parameter is not shared or other == path:
             continue
         if isinstance(model.get_submodule(other.rpartition(".")[0]), nn.Embedding):
             raise AdapterError(f"{path} is tied to the embeddings, which merging would change too: untie them first.")
