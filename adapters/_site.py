@@ -68,7 +68,7 @@ class StreamSite:
 
     `branch` is "attention", "mlp" or "ssm". The branch's input is argument `input` of that module's call, or, where
     the module does not receive it (`input` None), the first argument of the module at `tap`, or unknown (both None).
-    `axis` and `input_axis` are the axes of features, -1, or 1 in pictures.
+    `axis` and `input_axis` are the axes of features, -1, or 1 where convolutions keep channels there.
     """
 
     path: str

@@ -6,7 +6,7 @@ from adapters._sites.aside import Unreached
 from adapters._sites.discover import example_inputs, sites
 from adapters._sites.explain import explain
 from adapters._sites.map import SiteMap
-from adapters._sites.probe import Example
+from adapters._sites.probe import Example, setting
 from adapters._sites.record import site_of, site_record
 from adapters._sites.select import Predicate, Targets, can_act, matches, select
 from adapters._sites.tappable import running_as
@@ -21,6 +21,7 @@ __all__ = [
     "Predicate",
     "running_as",
     "select",
+    "setting",
     "site_of",
     "site_record",
     "SiteMap",

@@ -96,7 +96,7 @@ def _discover(model: nn.Module, example: Example) -> Discovery:
         model=type(model).__name__,
         weights=(*weights, *more),
         streams=tuple(stream_sites(graph, branches, reason)),
-        keyvalues=tuple(_attentions(model, modules, graph, probe, trained)),
+        keyvalues=tuple(_attentions(model, modules, parameters, graph, probe, trained)),
         layers=tuple(layer_sites(graph, modules)),
         unreached=tuple(unreached),
         others=tuple(others),
@@ -106,13 +106,18 @@ def _discover(model: nn.Module, example: Example) -> Discovery:
 
 
 def _attentions(
-    model: nn.Module, modules: dict[str, nn.Module], graph: Graph, probe: Probe, trained: set[int]
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    parameters: dict[str, nn.Parameter],
+    graph: Graph,
+    probe: Probe,
+    trained: set[int],
 ) -> list[KeyValueSite]:
     """Attentions of transformers' interface, and those in the model's own code, in which a prefix is tried out."""
     found = keyvalue_sites(graph, trained)
     own = tappable(graph, trained, {site.path for site in found})
     if own:
-        with still(model), padded(model), stand_ins(Tracer({}, modules)):
+        with still(model), padded(model), stand_ins(Tracer(parameters, modules)):
             own = tried(own, modules, partial(model, *probe.args, **probe.kwargs), probe.rows)
     return [*found, *own]
 

@@ -44,9 +44,10 @@ def unplaced(loose: list[Branch]) -> list[Unreached]:
 
 
 def _axis(branch: Branch) -> int:
+    """1 where a convolution's channels are returned as it lays them out, (rows, channels, *positions), else -1."""
     last = branch.uses[-1]
-    image = last.op == "conv2d" and len(branch.returned.shape) == 4
-    return 1 if image and last.out.shape[1] == branch.returned.shape[1] else -1
+    laid = last.op.startswith("conv") and len(branch.returned.shape) == len(last.out.shape)
+    return 1 if laid and last.out.shape[1:] == branch.returned.shape[1:] else -1
 
 
 def _starts(branch: Branch, value: Value) -> int | None:
@@ -81,10 +82,10 @@ def _input(graph: Graph, branch: Branch) -> tuple[Key, str | None, int]:
     slot = _argument(branch)
     if slot is not None:
         return slot, None, _axis(branch)
-    block, sites = block_of(branch.call.path), [use.index for use in branch.sites]
+    block, uses = block_of(branch.call.path), [use.index for use in branch.uses]
     for call in graph.calls_between(branch.stream.index, branch.call.start):
         over = call.end <= branch.call.start or call is branch.call
-        if over and 0 in call.inputs and block_of(call.path) == block and any(map(call.holds, sites)):
+        if over and 0 in call.inputs and block_of(call.path) == block and any(map(call.holds, uses)):
             axis = _starts(branch, call.inputs[0])
             if axis is not None:
                 return None, call.path, axis

@@ -45,7 +45,7 @@ def probes(model: nn.Module, example: Example) -> Iterator[Probe]:
             yield alike
         yield Probe(args, kwargs)
         return
-    books = _setting(model, "num_codebooks")  # audio decoders take a row of ids per codebook
+    books = setting(model, "num_codebooks")  # audio decoders take a row of ids per codebook
     many = COUNT * books if isinstance(books, int) else COUNT
     # classifiers without a way to pad take a single row; multiple choice takes three axes
     for rows, choices in ((COUNT, 0), (1, 0), (COUNT, CHOICES), (many, 0)):
@@ -134,22 +134,22 @@ def _ids(model: nn.Module, rows: int) -> Tensor:
 
     The first row and the third are the same.
     """
-    vocabulary = _setting(model, "vocab_size")
+    vocabulary = setting(model, "vocab_size")
     span = max(1, min(int(vocabulary), 1000) - 5) if isinstance(vocabulary, int) else 90
     two = 5 + (torch.arange(2 * TOKENS) * 7) % span if span > 1 else torch.zeros(2 * TOKENS)
     two = two.long().view(2, TOKENS)
     ids = _alike(two, rows)
-    end = _setting(model, "eos_token_id")
+    end = setting(model, "eos_token_id")
     if isinstance(end, int) and _two_towers(model):
         ids[:, -1] = end  # sequence classifiers of this kind read the state at the end token
     return ids
 
 
 def _pixels(model: nn.Module, rows: int) -> Tensor:
-    size = _setting(model, "image_size")
+    size = setting(model, "image_size")
     height, width = size if isinstance(size, tuple | list) else (size, size)
     sides = [side if isinstance(side, int) else 64 for side in (height, width)]
-    channels = _setting(model, "num_channels")
+    channels = setting(model, "num_channels")
     count = 2 * (channels if isinstance(channels, int) else 3) * sides[0] * sides[1]
     noise = torch.sin(torch.arange(count, dtype=torch.float64) ** 2).float()  # no picture that a norm could level
     return _alike(noise.view(2, -1, *sides), rows)
@@ -172,7 +172,7 @@ def _two_towers(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _setting(model: nn.Module, name: str) -> Any:
+def setting(model: nn.Module, name: str) -> Any:
     """A field of the model's configuration, or of the text part's, or None."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -56,30 +56,45 @@ def running_as(
                 vars(module)["forward"] = own
 
 
+class _Failed(Exception):
+    """An attention through which no prefix can be carried: its path, and why."""
+
+
 def tried(
     sites: list[KeyValueSite], modules: Mapping[str, nn.Module], run: Callable[[], Any], rows: int
 ) -> list[KeyValueSite]:
-    """The sites with their shapes, after one forward with a prefix in all of them; those that fail are not default."""
+    """The sites with their shapes, after one forward with a prefix in all of them; those that fail are not default.
+
+    A forward that failed may have left its mark on what layers hand on, such as a cache: the model runs anew without.
+    """
     known = {site.path: site for site in sites}
+    pending = set(known)
 
     def wrap(path: str, inner: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             trial = _Trial(_sequences(args, kwargs, rows))
-            mode, why = _Tried(known[path].product or 0, trial), ""
+            mode = _Tried(known[path].product or 0, trial)
             try:
                 with mode:
                     result = inner(*args, **kwargs)
-                why = "" if mode.done else "its weights meet no values"
             except (Unfollowed, RuntimeError, IndexError) as error:
-                why, result = str(error), inner(*args, **kwargs)
-            reason = _UNFOLLOWED.format(why) if why else known[path].reason
-            known[path] = replace(known[path], **trial.shapes(), default=not reason, reason=reason)
+                raise _Failed(path, str(error)) from error
+            if not mode.done:
+                raise _Failed(path, "its weights meet no values")
+            known[path] = replace(known[path], **trial.shapes())
             return result
 
         return forward
 
-    with running_as(modules, known, wrap), torch.no_grad():
-        run()
+    while pending:
+        try:
+            with running_as(modules, pending, wrap), torch.no_grad():
+                run()
+            break
+        except _Failed as failed:
+            path, why = failed.args
+            known[path] = replace(known[path], default=False, reason=_UNFOLLOWED.format(why))
+            pending.remove(path)
     return list(known.values())
 
 

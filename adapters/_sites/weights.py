@@ -143,7 +143,7 @@ def _called(graph: Graph, modules: Mapping[str, nn.Module], site: WeightSite, us
     """Whether calling the owner is the product and nothing else, and nobody goes past the call."""
     owners = {site.owner, *(split(alias)[0] for alias in site.aliases)}
     plain = all(
-        use.linear and not use.lookup and use.module in owners and _plain(graph, use, site.n_in, site.n_out)
+        use.linear and not use.lookup and use.module in owners and _plain(graph, modules, use, site.n_in, site.n_out)
         for use in uses
     )
     return site.experts is None and not site.folded and plain and not read_by_parent(modules, site.owner)
@@ -177,8 +177,10 @@ def matrix(parameter: nn.Parameter) -> tuple[int, int]:
     return rows, columns
 
 
-def _plain(graph: Graph, use: Use, n_in: int, n_out: int) -> bool:
+def _plain(graph: Graph, modules: Mapping[str, nn.Module], use: Use, n_in: int, n_out: int) -> bool:
     """Whether the call in which the use happens computes `x @ w.T + bias` and nothing else."""
+    if type(modules[use.module]).forward is nn.Linear.forward:
+        return True
     calls = [call for call in graph.calls_of[use.module] if call.holds(use.index)]
     if len(calls) != 1 or set(calls[0].outputs) != {None} or 0 not in calls[0].inputs:
         return False
