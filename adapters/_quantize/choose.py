@@ -20,7 +20,7 @@ BLOCK = 64  # elements that share a scale
 
 @dataclass
 class Choice:
-    """Paths of linear layers and of stacks of matrices to quantise; every other weight and the reason it stays."""
+    """Paths of layers and of weights that are read to quantise; every other weight and the reason it stays."""
 
     layers: list[str] = field(default_factory=list)
     stacks: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ def choose(model: nn.Module, sites: SiteMap | None) -> Choice:
             reason = others.get(at) or _reason(module, path, parameter, site, head) or read.get(path, "")
             if reason:
                 found.left[at] = reason
-            elif site is not None and site.experts is not None:
+            elif site is not None and site.access == "read":
                 found.stacks.append(at)
             else:
                 found.layers.append(path)
