@@ -371,19 +371,42 @@ def projected(model: nn.Module, case: Case) -> torch.Tensor:
 def _reached(case: Case) -> dict[str, torch.Tensor]:
     """For each weight whether this batch reaches it, expert by expert: whether the base's own weight has a gradient.
 
-    Asked of the adapted model, whose shaken adapter changes which experts are chosen.
+    In 4 bits it can have none, and what its layer returns is asked instead, or, where there is no layer, the weight in
+    16 bits, which round a query's gradient to 0 where there is one key, or where one takes all the weight. Asked of the
+    adapted model, whose shaken adapter changes which experts are chosen.
     """
     model = case.shaken().train()
     base = base_parameters(model)
     for parameter in base.values():
         parameter.requires_grad_(parameter.is_floating_point() and not is_quantized(parameter))
+    found: dict[str, torch.Tensor] = {}
+    twin: dict[str, torch.Tensor] | None = None
+    for site in adapters_of(model)["fr"].sites:
+        if not isinstance(site, WeightSite) or not is_quantized(base[_first(model, site.path)]):
+            continue
+        if site.access == "call":
+            found[site.path] = torch.zeros(1).bool()
+            model.get_submodule(site.owner).register_forward_hook(_noting(found[site.path]))
+        else:
+            twin = _reached(replace(case, nf4=False, method="lora")) if twin is None else twin
+            found[site.path] = twin[site.path]
     projected(model, case).backward()
-    found = {}
     for site in adapters_of(model)["fr"].sites:
         if isinstance(site, WeightSite) and base[_first(model, site.path)].requires_grad:
             grad, lead = base[_first(model, site.path)].grad, 1 if site.experts is None else site.experts
             found[site.path] = torch.zeros(lead).bool() if grad is None else grad.view(lead, -1).norm(dim=1) > 0
     return found
+
+
+def _noting(reached: torch.Tensor) -> Callable[..., None]:
+    def note(grad: torch.Tensor) -> None:
+        reached.logical_or_(grad.any())
+
+    def hook(module: nn.Module, args: Any, y: torch.Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(note)
+
+    return hook
 
 
 def _first(model: nn.Module, path: str) -> str:

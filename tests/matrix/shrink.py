@@ -210,7 +210,8 @@ def _one_layer_of_each_kind(found: dict[str, Any], default: Any, known: set[str]
         found["mlp_layer_types"] = (mlps * count)[-count:] if len(mlps) <= count else mlps[:count]
     depths = _get(default, "depths")
     if depths and "depths" in known:
-        found["depths"] = type(depths)([1] * len(depths))
+        # one stage of two layers: a stage's first layer often changes widths on its shortcut, and has no stream
+        found["depths"] = type(depths)([2] + [1] * (len(depths) - 1))
 
 
 def _rotary(found: dict[str, Any], default: Any, known: set[str]) -> None:
