@@ -15,6 +15,7 @@ import tiny
 import torch
 from laws import assert_same, output, relative, shake, snapshot
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapters
 from adapters._attach import tensors_of
@@ -206,6 +207,28 @@ def test_a_head_that_two_adapters_train_belongs_to_each() -> None:
     assert not torch.equal(output(model, batch), first)
     with pytest.raises(adapters.AdapterError, match="no module 'clasifier'"):
         adapters.attach(model, "lora", name="c", head=["clasifier"])
+
+
+def test_freezing_alone_changes_which_product_torch_makes_of_a_transposed_batch() -> None:
+    """Why a fresh adapter is compared with the base that is frozen: Longformer, LED and FSMT transpose their states."""
+
+    def products(layer: nn.Linear) -> list[str]:
+        seen = []
+
+        class Noting(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                seen.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        with Noting(), torch.no_grad():
+            layer(torch.randn(5, 3, 8).transpose(0, 1))
+        return [name for name in seen if "mm" in name]
+
+    layer = nn.Linear(8, 6)
+    trains, frozen = products(layer), products(layer.requires_grad_(False))
+    assert trains
+    assert frozen
+    assert trains != frozen
 
 
 def test_reports_count_what_is_there() -> None:

@@ -142,6 +142,25 @@ def test_heads_that_belong_to_the_adapter_are_left_out() -> None:
     check(json.loads(json.dumps(fingerprint(model, exclude=["classifier"]))), other, exclude=["classifier"])
 
 
+def test_weights_beyond_those_sampled_and_empty_ones_are_told_by_their_shapes() -> None:
+    def many() -> nn.Module:
+        torch.manual_seed(1)
+        model = nn.Sequential(*(nn.Linear(8, 16, bias=False) for _ in range(1500)))
+        model.empty = nn.Parameter(torch.empty(0, 8))
+        return model
+
+    recorded = record(many())
+    assert "751 weights agree in 96,000 sampled values, 750 more in their shapes." in check(recorded, many())
+    other = many()
+    other[-2] = nn.Linear(16, 8, bias=False)
+    with pytest.raises(WrongBase, match="shape"):
+        check(recorded, other)
+    other = many()
+    nn.init.normal_(other[0].weight)
+    with pytest.raises(WrongBase, match="values"):
+        check(recorded, other)
+
+
 def test_a_repacked_weight_is_refused() -> None:
     pytest.importorskip("bitsandbytes")
     model = stored(tiny.build("llama"), "nf4")

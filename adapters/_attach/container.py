@@ -231,7 +231,8 @@ def _dtype(p: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def _last(value: Tensor, axis: int) -> Tensor:
-    return value if axis == -1 else value.movedim(axis, -1)
+    # contiguous: of other layouts torch makes other products where the adapter trains than where it is frozen
+    return (value if axis == -1 else value.movedim(axis, -1)).contiguous()
 
 
 def _put(output: Any, key: Key, changed: Tensor) -> Any:

@@ -84,7 +84,7 @@ def of_length(recorded: Recorded, length: int) -> tuple[Recorded, bool]:
 
 
 class NegativePosition(Exception):
-    """A negative position was looked up in a table."""
+    """Why a model cannot run at negative positions."""
 
 
 class _NoNegativeLookup(TorchFunctionMode):
@@ -98,7 +98,7 @@ class _NoNegativeLookup(TorchFunctionMode):
             # what is looked up may be negative itself; only indices may not. F.embedding takes the index first
             for index in _integers((args[:1] if func is F.embedding else args[1:], tuple(kwargs.values()))):
                 if index.numel() and bool((index < 0).any()):
-                    raise NegativePosition
+                    raise NegativePosition("this model embeds positions")
         return func(*args, **kwargs)
 
 

@@ -2,7 +2,7 @@
 
 A prefix that starts from text behaves at step 0 as that text would in front of every input; random keys and values
 start far worse than the base. Positions: the text is run at -length, ..., -1, so that the real tokens keep theirs.
-Where positions cannot be negative (learned position embeddings) it runs at 0, ..., length - 1 and the real tokens
+Where positions cannot be negative (learned position embeddings, logarithms of positions) it runs at 0, ..., length - 1 and the real tokens
 move, if the model is causal and takes position ids. Virtual tokens, which a model without attentions is given, take
 the first positions.
 """
@@ -58,9 +58,9 @@ def prefix_start(
     elif positions == "before" and "position_ids" in names and causal:
         try:
             recorded, how = _of_text(model, runs, sites, ids, -length)
-        except NegativePosition:
+        except NegativePosition as error:
             positions = "shifted"
-            note += "; this model embeds positions, so the real tokens move behind the prefix (positions='shifted')"
+            note += f"; {error}, so the real tokens move behind the prefix (positions='shifted')"
             recorded, how = _of_text(model, runs, sites, ids, 0)
     else:
         recorded, how = _of_text(model, runs, sites, ids, None)
@@ -84,7 +84,7 @@ def _of_text(
     failed: Exception | None = None
     for form, note in _forms(model, ids):
         try:
-            return record(model, runs, sites, _inputs(runs, form, first)), note
+            return _finite(record(model, runs, sites, _inputs(runs, form, first)), first), note
         except AdapterError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -92,6 +92,15 @@ def _of_text(
     raise AdapterError(
         f"the model does not run on the {ids.shape[1]} tokens that the prefix starts as: {str(failed)[:200]}."
     ) from failed
+
+
+def _finite(recorded: Recorded, first: int | None) -> Recorded:
+    path = next((path for path, parts in recorded.items() if not all(x.isfinite().all() for x in parts)), None)
+    if path is not None and first is not None and first < 0:
+        raise NegativePosition("this model computes nothing finite at negative positions")
+    if path is not None:
+        raise AdapterError(f"what {path} computes for the text that the prefix starts as is not finite.")
+    return recorded
 
 
 def _forms(model: nn.Module, ids: Tensor) -> Iterator[tuple[Tensor, str]]:

@@ -51,7 +51,8 @@ def set_aside(
     inside = {id(p) for p in base.parameters()} if base is not None else None
     after = _after_the_stream(graph, branches)
     trained = differentiable(graph.results)
-    beside = _convolutions_beside(graph, branches, after)
+    outside = {w for w in graph.uses_of if w in parameters and inside is not None and id(parameters[w]) not in inside}
+    beside = _convolutions_beside(graph, branches, after | outside)
 
     def verdict(weight: str, uses: list[Use]) -> tuple[str, str] | None:
         role, this = roles.get(weight, "other"), id(parameters[weight])
@@ -90,10 +91,10 @@ def branch_aside(
     return ""
 
 
-def _convolutions_beside(graph: Graph, branches: list[Branch], after: set[str]) -> set[str]:
+def _convolutions_beside(graph: Graph, branches: list[Branch], heads: set[str]) -> set[str]:
     """Convolutions that are not what their branch, or a model without branches, is made of."""
     kernels = {weight for weight, uses in graph.uses_of.items() if not all(use.linear for use in uses)}
-    if not branches and all(weight in kernels | after for weight in graph.uses_of):
+    if not branches and all(weight in kernels | heads for weight in graph.uses_of):
         return set()
     own: set[str] = set()
     for branch in branches:

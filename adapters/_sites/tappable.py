@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from adapters._contract import KeyValueSite
 from adapters._sites.aside import NO_GRADIENT
-from adapters._sites.graph import Graph
+from adapters._sites.graph import Graph, WrittenOut
+from adapters._sites.probe import TOKENS
 from adapters._sites.weights import block_of
 from adapters._sites.written import Unfollowed, Written
 
@@ -25,7 +26,7 @@ def tappable(graph: Graph, trained: set[int], known: set[str]) -> list[KeyValueS
     found: dict[tuple[str, int], list[KeyValueSite]] = {}
     for each in graph.written:
         call = next((c for c in graph.enclosing(each.scores.index) if c.holds(each.out.index)), None)
-        if not each.softmax or call is None or call.path in known:
+        if not each.softmax or call is None or call.path in known or _at_every_token(each):
             continue
         number = sum(call.start <= index < each.scores.index for index in graph.pairs)
         reason = "" if each.query.index in trained else NO_GRADIENT
@@ -35,6 +36,13 @@ def tappable(graph: Graph, trained: set[int], known: set[str]) -> list[KeyValueS
         found.setdefault((call.path, call.start), []).append(site)
     single = {sites[0].path: sites[0] for sites in found.values() if len(sites) == 1}
     return list(single.values())
+
+
+def _at_every_token(each: WrittenOut) -> bool:
+    """Whether each token attends by itself, to what earlier layers made of it: tokens are rows here, and do not meet."""
+    (*lead, queries, _), (*others, first, last) = each.query.shape, each.key.shape  # keys may be transposed
+    apart = TOKENS in lead and TOKENS in others and TOKENS not in (queries, first, last)
+    return apart and (queries == 1 or queries not in (first, last))
 
 
 @contextmanager

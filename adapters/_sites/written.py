@@ -30,6 +30,7 @@ _MASKS = words("masked_fill masked_fill_ where")
 _VIEWS = words("view reshape unsqueeze squeeze flatten unflatten expand view_as")
 _TURNS = words("transpose permute movedim swapaxes")
 _LOOKS = words("__get__ size dim stride is_contiguous numel amax amin")
+_LIKE = words("expand_as view_as reshape_as type_as")  # what their second operand is looked at for
 
 
 class Unfollowed(Exception):
@@ -85,6 +86,8 @@ class Written(TorchFunctionMode):
             return func(*args, **kwargs)
         if op == "softmax":
             return self._softmax(func, scores, args, kwargs)
+        if op in _LIKE and args[0] is not scores:
+            return func(*args, **kwargs)
         return self._follow(op, func, scores, args, kwargs)
 
     def weights(self, w: Tensor) -> None:

@@ -80,17 +80,19 @@ def check(recorded: Mapping[str, Any], model: nn.Module, exclude: Collection[str
     live = {name: (module, p) for path, (module, p, more) in _named(model, exclude) for name in (path, *more)}
     _same_names(entries, live)
     differences: list[Difference] = []
-    skipped = 0
+    skipped = shapes = 0
     for path, entry in entries.items():
         old = restore(entry, path)
         new = sample(*live[path], blocks if entry["sampled"] else 0, path)
         _same_shape(path, old, new)
         found = compare(path, old, new) if entry["sampled"] else None
-        skipped += found is None
+        skipped += entry["sampled"] and found is None
+        shapes += not entry["sampled"]
         differences += [found] if found is not None else []
     _judge(differences)
     values = sum(difference.count for difference in differences)
-    left = f"; {skipped} could not be compared in their formats" if skipped else ""
+    left = f", {shapes} more in their shapes" if shapes else ""
+    left += f"; {skipped} could not be compared in their formats" if skipped else ""
     return f"the base is the one recorded: {len(differences)} weights agree in {values:,} sampled values{left}."
 
 

@@ -85,8 +85,8 @@ def is_conv1d(module: nn.Module) -> bool:
 def _gather(stored: Tensor, count: int) -> Tensor:
     numel = stored.numel()
     if numel < BLOCK:
-        return stored.reshape(1, -1).clone()
-    starts = torch.tensor(blocks(numel, count), device=stored.device) * BLOCK
+        return stored.reshape(-1, max(1, numel)).clone()
+    starts = torch.tensor(blocks(numel, count), dtype=torch.long, device=stored.device) * BLOCK
     index = starts[:, None] + torch.arange(BLOCK, device=stored.device)
     matrix = stored.reshape(-1, stored.shape[-1]) if stored.dim() != 2 else stored
     return matrix[index // matrix.shape[1], index % matrix.shape[1]]
@@ -137,14 +137,18 @@ def restore(entry: dict[str, Any], path: str) -> Sample:
     """
     try:
         shape, dtype = tuple(int(n) for n in entry["shape"]), str(entry["dtype"])
-        raw = torch.frombuffer(bytearray(base64.b64decode(entry["data"], validate=True)), dtype=torch.uint8)
+        raw = _bytes(entry["data"])
         if dtype in FLOATS:
             values = raw.view(FLOATS[dtype])
-            return Sample(shape, dtype, values.reshape(-1, min(BLOCK, values.numel())))
+            return Sample(shape, dtype, values.reshape(-1, max(1, min(BLOCK, values.numel()))))
         if dtype != "nf4":
             return Sample(shape, dtype, raw)
-        scales = bytearray(base64.b64decode(entry["absmax"], validate=True))
-        absmax = torch.frombuffer(scales, dtype=torch.float32)
+        absmax = _bytes(entry["absmax"]).view(torch.float32)
         return Sample(shape, dtype, _unpack(raw.reshape(-1, BLOCK // 2)), absmax, int(entry["blocksize"]))
     except (KeyError, TypeError, ValueError, RuntimeError, binascii.Error) as error:
         raise DamagedAdapter(f"the record of the base's {path} cannot be read.") from error
+
+
+def _bytes(text: str) -> Tensor:
+    found = bytearray(base64.b64decode(text, validate=True))
+    return torch.frombuffer(found, dtype=torch.uint8) if found else torch.empty(0, dtype=torch.uint8)
