@@ -171,7 +171,11 @@ class Stream(Entry):
         changed = method.stream(x, seen, cast_p).to(dtype)
         if changed.shape != seen.shape:
             raise AdapterError(f"method {method.name!r} makes {tuple(changed.shape)} of an output {tuple(seen.shape)}.")
-        return _put(output, site.output, changed if site.axis == -1 else changed.movedim(-1, site.axis))
+        if site.axis != -1:
+            changed = changed.movedim(-1, site.axis)
+            # in y's memory format, by which torch chooses the kernel of the convolution that follows
+            changed = changed.contiguous() if y.is_contiguous() else changed
+        return _put(output, site.output, changed)
 
     def _input(self, site: StreamSite, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         if site.input is not None:

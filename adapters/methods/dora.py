@@ -70,14 +70,20 @@ class DoRA(WeightMethod):
 
     @torch.no_grad()
     def _norms(self, w: Tensor, p: Tensors) -> Tensor:
-        """||W + s B A|| by row, without the dense change: ||W||^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B, its root."""
+        """||W + s B A|| by row, without the dense change: the root of ||W||^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B.
+
+        ||W|| is taken out of the root, so that it is returned as it is where B = 0: a fresh adapter is the base exactly.
+        """
         dtype: torch.dtype = reduce(torch.promote_types, (w.dtype, p["a"].dtype, p["b"].dtype), torch.float32)
         a, b, s = p["a"].to(w.device), p["b"].to(w.device, dtype), self.lora().scale
-        squares: Tensor = torch.linalg.vector_norm(w, dim=-1, dtype=dtype).square()
+        norms: Tensor = torch.linalg.vector_norm(w, dim=-1, dtype=dtype)
         wide = dtype if w.device.type == "cpu" else w.dtype  # thin products in 16 bits take CPUs five times as long
         across = ((w.to(wide) @ a.to(wide).mT).to(dtype) * b).sum(-1)
         own = (b @ (a.to(dtype) @ a.to(dtype).mT) * b).sum(-1)
-        return (squares + 2 * s * across + s**2 * own).clamp(min=0).sqrt()
+        change = 2 * s * across + s**2 * own
+        tiny = norms < 1e-12  # whose squares underflow, and which no relative change describes
+        relative = 1 + change / norms.masked_fill(tiny, 1).square()
+        return torch.where(tiny, change.clamp(min=0).sqrt(), norms * relative.clamp(min=0).sqrt())
 
 
 def _nonzero(norms: Tensor) -> Tensor:

@@ -36,7 +36,22 @@ def build(pair: Pair) -> tuple[nn.Module, dict[str, Any]]:
         for parameter in model.parameters():
             if parameter.dim() <= 1 or _constant(parameter):
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model, batch_for(pair, model)
+    batch = batch_for(pair, model)
+    _calibrate(model, batch)
+    return model, batch
+
+
+def _calibrate(model: nn.Module, batch: dict[str, Any]) -> None:
+    """Gives batch norms the statistics of what reaches them: with 0 and 1 a random model's signal dies out with depth."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    with torch.no_grad():
+        if norms:
+            model(**batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
 
 
 def _constant(parameter: nn.Parameter) -> bool:
