@@ -45,7 +45,7 @@ def prefix_start(
     sites = tuple(sites)
     runs = _below_the_head(model, sites)
     names = forward_parameters(base_class(runs))
-    if not {"input_ids", "inputs"} & set(names):
+    if not _takes_tokens(model, names, example):
         return _from_a_neutral_input(model, method, sites, example)
     ids, note = _tokens(model, method, tokenizer)
     length, positions = ids.shape[1], method.positions
@@ -68,6 +68,13 @@ def prefix_start(
     note += how
     note += "; an attention that sees fewer positions repeats them" if cycled else ""
     return Start(replace(method, length=length, positions=positions), recorded, note)
+
+
+def _takes_tokens(model: nn.Module, names: Iterable[str], example: Mapping[str, Any] | None) -> bool:
+    if "input_ids" in names or "inputs" not in names:
+        return "input_ids" in names
+    given = (example_inputs(model) if example is None else example).get("inputs")  # of tokens, or of pixels
+    return isinstance(given, Tensor) and not given.is_floating_point()
 
 
 def _below_the_head(model: nn.Module, sites: tuple[Site, ...]) -> nn.Module:

@@ -100,7 +100,7 @@ def _discover(model: nn.Module, example: Example) -> Discovery:
         layers=tuple(layer_sites(graph, modules)),
         unreached=tuple(unreached),
         others=tuple(others),
-        unplaced=tuple(unplaced(loose)),
+        unplaced=tuple(unplaced(branches, loose)),
     )
     return Discovery(found, graph, (*branches, *loose))
 

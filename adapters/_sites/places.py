@@ -14,9 +14,9 @@ from adapters._sites.weights import block_of
 
 
 def stream_sites(graph: Graph, branches: list[Branch], aside: Callable[[Branch], str]) -> list[StreamSite]:
-    """One site per module output, though the module be called several times; `aside` says why one is not default."""
-    sites: dict[tuple[str, Key], StreamSite] = {}
-    for branch in branches:
+    """One site per module, though it be called several times; `aside` says why one is not default."""
+    sites: dict[str, StreamSite] = {}
+    for branch in _without_beside(branches):
         reason, axis = aside(branch), _axis(branch)
         slot, tap, input_axis = _input(graph, branch)
         site = StreamSite(
@@ -33,14 +33,30 @@ def stream_sites(graph: Graph, branches: list[Branch], aside: Callable[[Branch],
             reason=reason,
             rows=branch.call.rows.get(branch.key, NOWHERE),
         )
-        sites.setdefault((site.path, site.output), site)
+        sites.setdefault(site.path, site)
     return list(sites.values())
 
 
-def unplaced(loose: list[Branch]) -> list[Unreached]:
-    """Branches whose value no module returns by itself, by the module in which they are added."""
-    found = {(branch.call.path, branch.kind) for branch in loose}
-    return [Unreached(path, f"an {kind} branch that no module returns by itself", 0) for path, kind in sorted(found)]
+def _without_beside(branches: list[Branch]) -> list[Branch]:
+    """Of several branches that one module returns, such as its tokens' and a few global ones', the largest."""
+    largest: dict[str, Branch] = {}
+    for branch in branches:
+        known = largest.setdefault(branch.call.path, branch)
+        if prod(branch.returned.shape) > prod(known.returned.shape):
+            largest[branch.call.path] = branch
+    return [branch for branch in branches if branch.key == largest[branch.call.path].key]
+
+
+def unplaced(branches: list[Branch], loose: list[Branch]) -> list[Unreached]:
+    """Branches at which nothing can act by itself, by the module in which they are added, or which returns them."""
+    kept = {id(branch) for branch in _without_beside(branches)}
+    found = {(branch.call.path, f"an {branch.kind} branch that no module returns by itself") for branch in loose}
+    found |= {
+        (branch.call.path, f"the smaller of the {branch.kind} branches that this module returns")
+        for branch in branches
+        if id(branch) not in kept
+    }
+    return [Unreached(path, reason, 0) for path, reason in sorted(found)]
 
 
 def _axis(branch: Branch) -> int:

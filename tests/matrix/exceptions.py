@@ -50,7 +50,11 @@ CONFIGS: dict[Any, dict[str, Any]] = {
     "donut-swin": _SWIN,
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "efficientnet": {"width_coefficient": 0.25, "hidden_dim": 320, "depth_coefficient": 0.3},
-    "encoder-decoder": {"decoder_start_token_id": 1, "pad_token_id": 0},
+    "encoder-decoder": {
+        "decoder": {"add_cross_attention": True, "is_decoder": True},
+        "decoder_start_token_id": 1,
+        "pad_token_id": 0,
+    },
     "esm": {"vocab_size": 128, "pad_token_id": 0, "mask_token_id": 4},
     "falcon_h1": {"mamba_d_head": "auto", "mamba_d_ssm": 128},
     "gemma3n_text": {
