@@ -120,6 +120,7 @@ CONFIGS: dict[Any, dict[str, Any]] = {
     "swinv2": _SWIN,
     "switch_transformers": {"decoder_start_token_id": 0},
     "t5": {"decoder_start_token_id": 0},
+    "textnet": {"image_size": [64, 64], "stem_out_channels": 32, "hidden_sizes": [32, 32, 32, 64, 64]},
     "umt5": {"decoder_start_token_id": 0},
     "xlstm": {"qk_dim_factor": 1.0, "chunk_size": 16, "num_heads": 4},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
