@@ -2,9 +2,9 @@
 
 A prefix that starts from text behaves at step 0 as that text would in front of every input; random keys and values
 start far worse than the base. Positions: the text is run at -length, ..., -1, so that the real tokens keep theirs.
-Where positions cannot be negative (learned position embeddings, logarithms of positions) it runs at 0, ..., length - 1 and the real tokens
-move, if the model is causal and takes position ids. Virtual tokens, which a model without attentions is given, take
-the first positions.
+Where positions cannot be negative (learned position embeddings, logarithms of positions) it runs at 0, ..., length - 1
+and the real tokens move, if the model is causal and takes position ids. Virtual tokens, which a model without
+attentions is given, take the first positions.
 """
 
 from __future__ import annotations

@@ -73,14 +73,20 @@ class Use:
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A call of the module at `path`; values with an index from `start` to `end` were made inside it."""
+    """A call of the module at `path`, inside `depth` others; values with an index from `start` to `end` are its own."""
 
     path: str
     start: int
     end: int = -1
+    depth: int = 0
     inputs: dict[Slot, Value] = field(default_factory=dict)
     outputs: dict[Key, Value] = field(default_factory=dict)
     rows: dict[Key, Rows] = field(default_factory=dict)  # of the outputs
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """By start, an outer call before those inside it."""
+        return self.start, -self.end, self.depth
 
     def holds(self, index: int) -> bool:
         return self.start <= index < self.end
@@ -138,7 +144,7 @@ class Graph:
     @cached_property
     def _in_order(self) -> tuple[list[Call], list[int], dict[int, Call | None]]:
         """The calls by their start, an outer one before those inside it; their starts; and who encloses each."""
-        calls = sorted(self.calls, key=lambda call: (call.start, -call.end))
+        calls = sorted(self.calls, key=lambda call: call.order)
         enclosing: dict[int, Call | None] = {}
         stack: list[Call] = []
         for call in calls:

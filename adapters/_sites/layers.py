@@ -18,7 +18,7 @@ from adapters._sites.weights import block_of
 def layer_sites(graph: Graph, modules: Mapping[str, nn.Module]) -> list[LayerSite]:
     """The blocks of the largest stack whose hidden states have a position per token, in order of execution."""
     stacks: dict[tuple[str, int], dict[str, LayerSite]] = defaultdict(dict)
-    for call in sorted(graph.calls, key=lambda call: call.start):
+    for call in sorted(graph.calls, key=lambda call: call.order):
         site = _layer(call) if call.path and block_of(call.path) == call.path else None
         entry = _entry(modules, call.path) if site is not None else None
         if site is not None and entry is not None:

@@ -167,7 +167,7 @@ def _returned_by(
             and not isinstance(modules[call.path], CONTAINERS)
         ]
         if fit:
-            call, key = min(fit, key=lambda pair: (pair[0].start, -pair[0].end))
+            call, key = min(fit, key=lambda pair: pair[0].order)
             return call, key, value
         outer = [call for call, _ in calls if call.start > stream.index and call.inputs]
         given = [v for call in outer[-1:] for v in call.inputs.values() if v.index in inside and v is not value]

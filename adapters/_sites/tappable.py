@@ -39,7 +39,7 @@ def tappable(graph: Graph, trained: set[int], known: set[str]) -> list[KeyValueS
 
 
 def _at_every_token(each: WrittenOut) -> bool:
-    """Whether each token attends by itself, to what earlier layers made of it: tokens are rows here, and do not meet."""
+    """Whether each token attends by itself, to what earlier layers made of it: tokens are rows, and do not meet."""
     (*lead, queries, _), (*others, first, last) = each.query.shape, each.key.shape  # keys may be transposed
     apart = TOKENS in lead and TOKENS in others and TOKENS not in (queries, first, last)
     return apart and (queries == 1 or queries not in (first, last))

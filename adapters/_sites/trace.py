@@ -197,7 +197,7 @@ class Tracer(TorchFunctionMode):
             call = Call(path, len(self.graph.values))
             for slot, tensor in _slots(args, kwargs):
                 call.inputs[slot] = self.value(tensor)
-            call.start = len(self.graph.values)
+            call.start, call.depth = len(self.graph.values), len(self.stack)
             self.stack.append(call)
 
         return enter

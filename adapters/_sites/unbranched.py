@@ -18,7 +18,7 @@ def unbranched(graph: Graph, modules: Mapping[str, nn.Module], branches: list[Br
     widths = {b.returned.shape[-1] for b in branches}
     found: list[Branch] = []
     last: dict[str, Call] = {}
-    for call in sorted(graph.calls, key=lambda c: (c.start, -c.end)):
+    for call in sorted(graph.calls, key=lambda call: call.order):
         block = block_of(call.path)
         nested = block in last and call.end <= last[block].end
         if not block or block in covered or call.path == block or nested:

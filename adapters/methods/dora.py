@@ -72,7 +72,7 @@ class DoRA(WeightMethod):
     def _norms(self, w: Tensor, p: Tensors) -> Tensor:
         """||W + s B A|| by row, without the dense change: the root of ||W||^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B.
 
-        ||W|| is taken out of the root, so that it is returned as it is where B = 0: a fresh adapter is the base exactly.
+        ||W|| is taken out of the root and returned as it is where B = 0, so that a fresh adapter is the base exactly.
         """
         dtype: torch.dtype = reduce(torch.promote_types, (w.dtype, p["a"].dtype, p["b"].dtype), torch.float32)
         a, b, s = p["a"].to(w.device), p["b"].to(w.device, dtype), self.lora().scale

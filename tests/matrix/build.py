@@ -42,7 +42,7 @@ def build(pair: Pair) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _calibrate(model: nn.Module, batch: dict[str, Any]) -> None:
-    """Gives batch norms the statistics of what reaches them: with 0 and 1 a random model's signal dies out with depth."""
+    """Gives batch norms the statistics of what reaches them: with 0 and 1 a random model's signal dies with depth."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
