@@ -43,6 +43,9 @@ def prefix_start(
 ) -> Start:
     """What each site's part of the prefix starts from."""
     sites = tuple(sites)
+    closed = next((site for site in sites if isinstance(site, KeyValueSite) and not site.heads), None)
+    if closed is not None:
+        raise AdapterError(f"{closed.path} can take no prefix: {closed.reason}.")
     runs = _below_the_head(model, sites)
     names = forward_parameters(base_class(runs))
     if not _takes_tokens(model, names, example):

@@ -18,11 +18,12 @@ from adapters._sites.weights import block_of
 from adapters._sites.written import Unfollowed, Written
 
 Forward: TypeAlias = Callable[..., Any]
+_SEVERAL = "it attends {} times in one forward, and a prefix would not know for which it is"
 _UNFOLLOWED = "its attention is written in a way through which no prefix can be carried: {}"
 
 
 def tappable(graph: Graph, trained: set[int], known: set[str]) -> list[KeyValueSite]:
-    """A site for each module with one softmax attention of its own; `tried` fills in the shapes."""
+    """A site for each module with softmax attentions of its own, default where it is one; `tried` adds the shapes."""
     found: dict[tuple[str, int], list[KeyValueSite]] = {}
     for each in graph.written:
         call = next((c for c in graph.enclosing(each.scores.index) if c.holds(each.out.index)), None)
@@ -34,8 +35,12 @@ def tappable(graph: Graph, trained: set[int], known: set[str]) -> list[KeyValueS
             call.path, 0, 0, 0, block=block_of(call.path), default=not reason, reason=reason, product=number
         )
         found.setdefault((call.path, call.start), []).append(site)
-    single = {sites[0].path: sites[0] for sites in found.values() if len(sites) == 1}
-    return list(single.values())
+    several = _SEVERAL.format
+    made = [
+        sites[0] if len(sites) == 1 else replace(sites[0], default=False, reason=several(len(sites)), product=None)
+        for sites in found.values()
+    ]
+    return list({site.path: site for site in made}.values())
 
 
 def _at_every_token(each: WrittenOut) -> bool:
@@ -76,7 +81,7 @@ def tried(
     A forward that failed may have left its mark on what layers hand on, such as a cache: the model runs anew without.
     """
     known = {site.path: site for site in sites}
-    pending = set(known)
+    pending = {site.path for site in sites if site.product is not None}
 
     def wrap(path: str, inner: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
