@@ -11,8 +11,8 @@ REVIEWED = {
     "convolutional network has nowhere to put a prefix",
     r"no prefix can be carried": "scores of a window and of global tokens are joined before the softmax, so a prefix "
     "would reach one part of them only",
-    r"times in one forward": "tokens and n-grams (ProphetNet), or a window and global tokens (Longformer), attend in one "
-    "module, and to different keys",
+    r"times in one forward": "tokens and n-grams (ProphetNet), or a window and global tokens (Longformer), attend in "
+    "one module, and to different keys",
     r"virtual ones before them": "the positions are a product of two short axes, which together must be as long as "
     "the input, so no token can be put before it",
     r"has no stream site": "no block adds what it computes to what it was given: there is no residual stream",
