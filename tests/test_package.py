@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,10 @@ def test_nothing_in_the_package_names_an_architecture() -> None:
             if literal in types:
                 found.append((file.name, literal))
     assert found == []
+
+
+def test_the_oldest_and_newest_transformers_are_stated_and_tried() -> None:
+    oldest, newest = re.search(r"for release in (\S+) (\S+);", (ROOT / ".ci/run").read_text()).groups()  # type: ignore[union-attr]
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert f"transformers>={oldest.removesuffix('.0')}" in declared
+    assert f"transformers {oldest} to {newest}" in " ".join((ROOT / "README.md").read_text().split())

@@ -76,7 +76,9 @@ def describe(
 def _why(site: Site, method: Method) -> str:
     if site.reason:
         return site.reason
-    return "not among the targets" if can_act(method, site) else "its branch's input is not at hand where it acts"
+    if not can_act(method, site):
+        return "its branch's input is not at hand where it acts"
+    return "not among the targets" if method.wants(site) else "the method leaves it out by itself: name it to adapt it"
 
 
 def _size(site: Site) -> int:
