@@ -335,3 +335,18 @@ def test_sites_survive_their_record(name: str) -> None:
     found = adapters.sites(tiny.build(name))
     for site in [*found.weights, *found.streams, *found.keyvalues]:
         assert site_of(json.loads(json.dumps(site_record(site)))) == site
+
+
+def test_a_folder_of_the_first_format_which_had_no_map_is_read(folder: Path) -> None:
+    whole = json.loads((folder / RECORD).read_text())
+    assert whole["format"] == 2
+    models = []
+    for change in (lambda f, t: None, lambda f, t: (f.update(format=1), f.pop("map"))):
+        forge(folder, change)
+        models.append(tiny.build("llama"))
+        adapters.load(models[-1], folder, name="fr")
+        adapters.activate(models[-1], "fr")
+    assert torch.equal(logits(models[1]), logits(models[0]))
+    assert not torch.equal(logits(models[1]), logits(tiny.build("llama")))
+    forge(folder, lambda f, t: f.update(map=whole["map"]))  # which that format did not have
+    refused(folder, "canonical")

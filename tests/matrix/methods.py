@@ -14,6 +14,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("dora", {"rank": 4, "alpha": 6.0}),
     "ia3": ("ia3", {}),
 }
-# what a method's tensors are shaken by, where 0.08 would hardly show: scaling by 1.08 is undone by the next norm, and a
-# change that is to be told from the roundings of 4 bits must be larger than they are
-NOISE = {"ia3": 1.0, "qlora": 0.4}
+# what a tensor is shaken by at first, where 0.08 would hardly show: a scaling by 1.08 is undone by the next norm
+NOISE = {"ia3": 1.0}
+# how far the shaken adapter must move the output; a change of a base in 4 bits is merged within 0.05
+SHOWN = {"qlora": 0.1}

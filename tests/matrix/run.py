@@ -21,7 +21,7 @@ from torch import nn
 
 import adapters
 from tests.matrix.build import build
-from tests.matrix.methods import METHODS, NOISE
+from tests.matrix.methods import METHODS, NOISE, SHOWN
 from tests.matrix.pairs import Pair
 
 Row = tuple[str, str, str, str, float]  # method, law, result, reason, seconds
@@ -100,7 +100,7 @@ def _method(
     # traced once: the laws hold for a map as for a trace
     case = Case(lambda: copy.deepcopy(model), batch, name, options, dtype, nf4, NOISE.get(label, 0.08), found, seen)
     try:
-        case = _showing(case)
+        case = _showing(case, SHOWN.get(label, 5e-3))
     except adapters.AdapterError as error:
         emit((label, "", "refused", str(error), 0.0))
         return
@@ -112,11 +112,11 @@ def _method(
             emit((label, str(_number(law)), *_outcome(law, case)))
 
 
-def _showing(case: Case) -> Case:
+def _showing(case: Case, wanted: float) -> Case:
     """The case with the noise doubled, up to five times, until the adapter shows in what a random model returns."""
     before = output(case.base(), case.inputs)
     for _ in range(5):
-        if relative(output(case.shaken(), case.inputs), before) > 5e-3:
+        if relative(output(case.shaken(), case.inputs), before) > wanted:
             break
         case = replace(case, noise=2 * case.noise)
     return case
