@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapters._attach import Adapter, adapters_of, bare_copy, detach, set_labels, tensors_of, unwrapped, using
+from adapters._attach import Adapter, detach, set_labels, tensors_of, unwrapped, using
 from adapters._attach.swap import base_class
-from adapters._contract import WeightSite
 from adapters._errors import AdapterError
 from adapters._fourbit import quantized_modules, quantized_stacks, replace_module
+from adapters._merge.allowed import check_requantize, check_untied, mergeable
 from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative
 from adapters._merge.exact import dense_dtype, merged_parameters
-from adapters._merge.measure import inputs_at, main_output, outputs_at, probe_inputs
-from adapters._quantize import check_format, dense_module, quantize, restore_stacks, settle_stacks
+from adapters._merge.measure import adapted, main_output, outputs_at, probe_inputs
+from adapters._quantize import dense_module, quantize, restore_stacks, settle_stacks
 
 
 def merge(
@@ -44,32 +44,21 @@ def merge(
             is then as it was.
     """
     model = unwrapped(model)
-    adapter = _mergeable(model, name)
+    adapter = mergeable(model, name)
     quantised = dict(quantized_modules(model))
     stacks = [path for path, _, _ in quantized_stacks(model)]
-    _check_requantize(requantize, {*quantised, *stacks})
-    inputs = dict(example) if example is not None else probe_inputs(model)
-    with using(model, name):
-        seen_inputs = inputs_at(model, adapter, inputs)
-        expected, expected_sites = main_output(model, inputs), outputs_at(model, seen_inputs)
-    with using(model, None):
-        base = main_output(model, inputs)
-    # a head with another number of outputs than the base's leaves nothing to compare, and is all effect
-    effect = relative(base, expected) if base.shape == expected.shape else 1.0
-
+    check_requantize(requantize, {*quantised, *stacks})
+    before = adapted(model, adapter, dict(example) if example is not None else probe_inputs(model))
     merged = merged_parameters(model, adapter)
-    new, predicted = merged.new, merged.predicted
-    for bias in new.keys() - predicted.keys():
-        _check_tied(model, bias, (bias,))
-    dtype = next(iter(new.values())).dtype
-    computed = _computed_in(quantised)
+    check_untied(model, {bias: (bias,) for bias in merged.new.keys() - merged.predicted.keys()})
+    dtype, computed = next(iter(merged.new.values())).dtype, _computed_in(quantised)
     coarsest = max((dtype, computed), key=lambda each: torch.finfo(each).eps) if quantised else dtype
     limit = tolerance if tolerance is not None else TOLERANCE.get(coarsest, 5e-2)
-    undo = _apply(model, adapter, new, quantised)
+    undo = _apply(model, adapter, merged.new, quantised)
     try:
         with using(model, None):
-            error = relative(main_output(model, inputs), expected)
-            after = outputs_at(model, seen_inputs)
+            error = relative(main_output(model, before.inputs), before.output)
+            after = outputs_at(model, before.at_sites)
         if not error <= limit:  # also refuses NaN
             raise AdapterError(
                 f"merging {name!r} changes the outputs by {error:.1e}, more than the tolerance of {limit:.0e}: keep it "
@@ -85,63 +74,20 @@ def merge(
     notes: list[str] = []
     if requantize is not None:
         quantize(model, requantize, only={*quantised, *stacks}, compute_dtype=computed)
-        error = relative(main_output(model, inputs), expected)
+        error = relative(main_output(model, before.inputs), before.output)
         notes.append(f"put back into {requantize} as asked: that rounding is the error above")
-    in_nf4 = f"dequantised from nf4 to {_name(dtype)}, then merged"
-    path = in_nf4 if quantised or stacks else f"in place in {_name(dtype)}"
+    how = "dequantised from nf4 to {}, then merged" if quantised or stacks else "in place in {}"
     sites = tuple(
-        SiteError(at, predicted[at], relative(after[at], expected_sites[at]) if at in after else None)
-        for at in predicted
+        SiteError(path, predicted, relative(after[path], before.outputs[path]) if path in after else None)
+        for path, predicted in merged.predicted.items()
     )
-    return Certificate(name, path, error, effect, limit, sites, tuple(notes))
-
-
-def _check_requantize(requantize: str | None, quantised: Collection[str]) -> None:
-    if requantize is not None:
-        check_format(requantize)
-    if requantize is not None and not quantised:
-        raise AdapterError(
-            f"requantize is {requantize!r}, but this base is not quantised: call adapters.quantize after."
-        )
+    return Certificate(name, how.format(_name(dtype)), error, before.effect, limit, sites, tuple(notes))
 
 
 def _computed_in(quantised: Mapping[str, nn.Module]) -> torch.dtype:
     """What the products with the 4-bit weights are computed in."""
     found = (getattr(module, "compute_dtype", None) for module in quantised.values())
     return next((dtype for dtype in found if isinstance(dtype, torch.dtype)), torch.bfloat16)
-
-
-def _mergeable(model: nn.Module, name: str) -> Adapter:
-    attached = adapters_of(model)
-    if name not in attached:
-        raise AdapterError(f"no adapter {name!r} is attached; attached: {', '.join(attached) or 'none'}.")
-    if len(attached) > 1:
-        others = ", ".join(other for other in attached if other != name)
-        raise AdapterError(f"merging {name!r} would change the base of {others}: detach them first.")
-    adapter = attached[name]
-    if not adapter.method.mergeable:
-        raise AdapterError(
-            f"{adapter.method.name} does not change weights, so it cannot be merged into them: keep it attached."
-        )
-    for site in adapter.sites:
-        if isinstance(site, WeightSite):
-            _check_tied(model, site.path, (site.path, *site.aliases))
-    for head in adapter.head:
-        for key, _ in bare_copy(model.get_submodule(head)).named_parameters():
-            _check_tied(model, f"{head}.{key}", (f"{head}.{key}",))
-    return adapter
-
-
-def _check_tied(model: nn.Module, path: str, expected: Collection[str]) -> None:
-    owner, _, name = path.rpartition(".")
-    shared = model.get_submodule(owner)._parameters[name]
-    for other, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter is not shared or other == path:
-            continue
-        if isinstance(model.get_submodule(other.rpartition(".")[0]), nn.Embedding):
-            raise AdapterError(f"{path} is tied to the embeddings, which merging would change too: untie them first.")
-        if other not in expected:
-            raise AdapterError(f"{path} is tied to {other}, which merging would change too: untie them first.")
 
 
 def _apply(

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from adapters._attach import Adapter
+from adapters._attach import Adapter, using
 from adapters._contract import WeightSite
 from adapters._errors import AdapterError
 from adapters._evaluating import evaluating
+from adapters._merge.certificate import relative
 from adapters._sites import example_inputs
 
 ROWS, TOKENS = 2, 32  # of a site's input that are kept for comparison
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The adapted model before it is merged: its outputs on `inputs`, and each called site's inputs and outputs."""
+
+    inputs: Mapping[str, Any]
+    output: Tensor
+    at_sites: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    effect: float  # how far the adapter moves the outputs, relative to them
+
+
+def adapted(model: nn.Module, adapter: Adapter, inputs: Mapping[str, Any]) -> Adapted:
+    """Runs the model with the adapter and without."""
+    with using(model, adapter.name):
+        at_sites = inputs_at(model, adapter, inputs)
+        output, outputs = main_output(model, inputs), outputs_at(model, at_sites)
+    with using(model, None):
+        base = main_output(model, inputs)
+    # a head with another number of outputs than the base's leaves nothing to compare, and is all effect
+    effect = relative(base, output) if base.shape == output.shape else 1.0
+    return Adapted(inputs, output, at_sites, outputs, effect)
 
 
 def probe_inputs(model: nn.Module) -> dict[str, Any]:
