@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import tempfile
 import time
 import traceback
@@ -73,6 +74,9 @@ def _mapped(model: nn.Module, example: dict[str, Any] | None) -> adapters.SiteMa
             names[id(parameter)].add(path)
     silent = [sorted(paths)[0] for paths in names.values() if not paths & known]
     assert not silent, f"the map does not mention {silent[:3]}"
+    left = [site.path for site in found.weights if ".experts." in site.path and not site.default]
+    left += [each.path for each in (*found.unreached, *found.others) if re.search(r"\.experts\.(?!.*bias)", each.path)]
+    assert not left, f"experts that are not adapted: {left[:3]}"
     return found
 
 
