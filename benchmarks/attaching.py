@@ -53,6 +53,30 @@ def _trace(setting: Setting) -> Pair:
     return Pair(Side(lambda: adapters.sites(model), after=lambda found: len(found.weights)))
 
 
+def _unseen(setting: Setting) -> Pair:
+    """The whole `attach` on a model that nothing is known of: the trace, and what follows."""
+    import peft
+
+    held: dict[str, Any] = {}
+
+    def fresh(side: str) -> None:
+        held[side] = setting.base(torch.float32)
+
+    return Pair(
+        Side(
+            lambda: adapters.attach(held["ours"], "lora", name=NAME, **LORA),
+            lambda: fresh("ours"),
+            lambda report: report.parameters,
+        ),
+        Side(
+            lambda: peft.get_peft_model(held["theirs"], peft_lora()),
+            lambda: fresh("theirs"),
+            lambda model: model.get_nb_trainable_parameters()[0],
+        ),
+        equal,
+    )
+
+
 def _detach(setting: Setting) -> Pair:
     """Back to the bare model; both sides must give its keys back."""
     import peft
@@ -114,6 +138,7 @@ def _switch(setting: Setting) -> Pair:
 ROWS = [
     Row("attach fresh LoRA r16, sites known", _attach),
     Row("find the sites by tracing", _trace, peer="", gated=False, most_pairs=3),
+    Row("attach fresh LoRA r16, sites found first", _unseen, gated=False, most_pairs=3),
     Row("detach", _detach),
     Row("switch adapters, twice", _switch),
 ]

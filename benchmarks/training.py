@@ -82,6 +82,8 @@ ROWS = [
         partial(_step, dtype=torch.bfloat16, method="lora", nf4=True, **LORA),
         needs=("bitsandbytes",),
     ),
+    _row("DoRA r16, fp32", partial(_step, dtype=torch.float32, method="dora", **LORA)),
+    _row("IA3, fp32", partial(_step, dtype=torch.float32, method="ia3")),
     _row("prefix 16, fp32", _prefix),
     _row("bottleneck, fp32", _bottleneck, peer="bare base", gated=False, most_pairs=3),
 ]

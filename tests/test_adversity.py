@@ -371,6 +371,26 @@ def test_quantising_keeps_hooks_and_modules_under_two_paths() -> None:
     assert len(seen) == 2
 
 
+def test_a_large_output_hides_no_small_one_that_a_merge_changes() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 8)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = self.second(self.first(x))
+            return {"large": 1e4 + 0 * y, "y": y}
+
+    torch.manual_seed(0)
+    model, x = Two().to(torch.bfloat16), torch.randn(3, 16, dtype=torch.bfloat16)
+    adapters.attach(model, "lora", name="fr", rank=2, example={"x": x}, targets=["first", "second"])
+    shake(model, "fr")
+    before = model(x)["y"]
+    certificate = adapters.merge(model, "fr", example={"x": x})
+    assert certificate.error == pytest.approx(relative(model(x)["y"], before), rel=1e-4)
+    assert certificate.error > 1e-4
+
+
 def test_merging_a_head_tied_to_the_embeddings_names_the_tie() -> None:
     model = tiny.build("gemma2")
     adapters.attach(model, "lora", name="a", head=["lm_head"])

@@ -25,7 +25,7 @@ class SiteError:
 
 @dataclass(frozen=True)
 class Certificate:
-    """`error` = |merged - adapted| / |adapted| of the model's outputs; `effect` = |adapted - base| / |adapted|."""
+    """`error` = |merged - adapted| / |adapted| of the output that differs most; `effect`: |adapted - base| likewise."""
 
     name: str
     path: str  # how: "in place in float32", "dequantised from nf4 to bfloat16, then merged", ...

@@ -15,7 +15,7 @@ from adapters._fourbit import quantized_modules, quantized_stacks, replace_modul
 from adapters._merge.allowed import check_requantize, check_untied, mergeable
 from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative
 from adapters._merge.exact import dense_dtype, merged_parameters
-from adapters._merge.measure import adapted, main_output, outputs_at, probe_inputs
+from adapters._merge.measure import adapted, apart, model_outputs, outputs_at, probe_inputs
 from adapters._quantize import dense_module, quantize, restore_stacks, settle_stacks
 
 
@@ -57,7 +57,7 @@ def merge(
     undo = _apply(model, adapter, merged.new, quantised)
     try:
         with using(model, None):
-            error = relative(main_output(model, before.inputs), before.output)
+            error = apart(model_outputs(model, before.inputs), before.output)
             after = outputs_at(model, before.at_sites)
         if not error <= limit:  # also refuses NaN
             raise AdapterError(
@@ -74,7 +74,7 @@ def merge(
     notes: list[str] = []
     if requantize is not None:
         quantize(model, requantize, only={*quantised, *stacks}, compute_dtype=computed)
-        error = relative(main_output(model, before.inputs), before.output)
+        error = apart(model_outputs(model, before.inputs), before.output)
         notes.append(f"put back into {requantize} as asked: that rounding is the error above")
     how = "dequantised from nf4 to {}, then merged" if quantised or stacks else "in place in {}"
     sites = tuple(

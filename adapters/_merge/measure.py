@@ -25,7 +25,7 @@ class Adapted:
     """The adapted model before it is merged: its outputs on `inputs`, and each called site's inputs and outputs."""
 
     inputs: Mapping[str, Any]
-    output: Tensor
+    output: Mapping[str, Tensor]
     at_sites: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     effect: float  # how far the adapter moves the outputs, relative to them
@@ -35,11 +35,12 @@ def adapted(model: nn.Module, adapter: Adapter, inputs: Mapping[str, Any]) -> Ad
     """Runs the model with the adapter and without."""
     with using(model, adapter.name):
         at_sites = inputs_at(model, adapter, inputs)
-        output, outputs = main_output(model, inputs), outputs_at(model, at_sites)
+        output, outputs = model_outputs(model, inputs), outputs_at(model, at_sites)
     with using(model, None):
-        base = main_output(model, inputs)
+        base = model_outputs(model, inputs)
     # a head with another number of outputs than the base's leaves nothing to compare, and is all effect
-    effect = relative(base, output) if base.shape == output.shape else 1.0
+    comparable = all(base[key].shape == output[key].shape for key in output)
+    effect = apart(base, output) if comparable else 1.0
     return Adapted(inputs, output, at_sites, outputs, effect)
 
 
@@ -48,23 +49,27 @@ def probe_inputs(model: nn.Module) -> dict[str, Any]:
     return dict(example_inputs(model))
 
 
-def main_output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """All floating-point outputs of one forward in eval mode, flattened; the cache is not an output."""
+def model_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The floating-point outputs of one forward in eval mode, each flattened; the cache is not an output."""
     with evaluating(model):
         output = model(**inputs)
     items = (
         output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else (output,))
     )
-    found = [
-        leaf.float().flatten()
-        for key, value in items
-        if key != "past_key_values"
-        for leaf in tree_leaves(value)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    ]
+    found: dict[str, Tensor] = {}
+    for key, value in items:
+        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if key != "past_key_values" and leaves:
+            found[str(key)] = torch.cat([leaf.float().flatten() for leaf in leaves])
     if not found:
         raise AdapterError("the model's forward returned no floating-point tensor to compare: pass example=.")
-    return torch.cat(found)
+    return found
+
+
+def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """How far the output that differs most is from what is expected, relative to it: large ones hide no small one."""
+    errors = [relative(found[key], expected[key]) for key in expected]
+    return float("nan") if any(error != error for error in errors) else max(errors)
 
 
 def inputs_at(model: nn.Module, adapter: Adapter, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -80,7 +85,7 @@ def inputs_at(model: nn.Module, adapter: Adapter, inputs: Mapping[str, Any]) -> 
 
             handles.append(model.get_submodule(site.owner).register_forward_pre_hook(keep, with_kwargs=True))
     try:
-        main_output(model, inputs)
+        model_outputs(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
