@@ -83,6 +83,18 @@ def test_two_attentions_in_one_module_take_no_prefix_and_say_so() -> None:
     assert adapters_of(model) == {}
 
 
+def test_virtual_tokens_that_no_token_would_meet_are_refused() -> None:
+    """MRA attends in a CUDA kernel and returns zeros without it; FNet's tokens meet in a Fourier transform."""
+    alone, _ = made("mra", "masked")
+    with pytest.raises(AdapterError, match="no token meets another"):
+        adapters.attach(alone, "prefix", length=2)
+    mixing, batch = made("fnet", "masked")
+    before = output(mixing, batch)
+    adapters.attach(mixing, "prefix", name="fr", length=2)
+    shake(mixing, "fr")
+    assert relative(output(mixing, batch), before) > 1e-3
+
+
 class OverDepth(nn.Module):
     """Each token attends to what two layers made of it, and to no other token."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from inspect import signature
 from math import prod
 
@@ -12,7 +13,10 @@ from torch import nn
 from adapters._contract import LayerSite
 from adapters._sites.graph import Call, Graph
 from adapters._sites.probe import TOKENS
+from adapters._sites.streams import mixes_tokens
 from adapters._sites.weights import block_of
+
+_APART = "no token meets another in it when it runs here, so virtual tokens would be seen by none"
 
 
 def layer_sites(graph: Graph, modules: Mapping[str, nn.Module]) -> list[LayerSite]:
@@ -23,7 +27,19 @@ def layer_sites(graph: Graph, modules: Mapping[str, nn.Module]) -> list[LayerSit
         entry = _entry(modules, call.path) if site is not None else None
         if site is not None and entry is not None:
             stacks[call.path.rpartition(".")[0], site.width].setdefault(call.path, site)
-    return list(max(stacks.values(), key=lambda stack: _size(stack, modules), default={}).values())
+    stack = max(stacks.values(), key=lambda stack: _size(stack, modules), default={})
+    reason = "" if any(_mixes(graph, path) for path in stack) else _APART
+    return [replace(site, default=not reason, reason=reason) for site in stack.values()]
+
+
+def _mixes(graph: Graph, path: str) -> bool:
+    """Whether tokens meet in a call of this module, in an attention or otherwise."""
+    meet = graph.mixers | graph.softmax_attentions | {attention.query.index for attention in graph.attentions}
+    return any(
+        value.index in meet or mixes_tokens(graph, value)
+        for call in graph.calls_of[path]
+        for value in graph.values[call.start : call.end]
+    )
 
 
 def _layer(call: Call) -> LayerSite | None:

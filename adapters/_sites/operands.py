@@ -28,7 +28,7 @@ CURVES = words(
 SOFTMAXES = words("softmax log_softmax exp")  # hashing attention normalises by hand
 PICKS = words("__getitem__ index_select gather take_along_dim index")
 CHOICES = words("topk argmax sort argsort kthvalue multinomial")
-TOKEN_MIXES = words("conv1d cumsum fft fft2 fftn rfft avg_pool2d roll segsum")
+TOKEN_MIXES = words("conv1d cumsum fft_fft fft_fft2 fft_fftn fft_rfft avg_pool2d roll segsum")
 _TRANSPOSES = words("t transpose swapaxes swapdims permute movedim adjoint __get__ numpy_T")
 
 

@@ -194,11 +194,11 @@ def kind_of(graph: Graph, branch: Branch) -> str:
     here = {v.index for v in steps}
     if any(a.query.index in here for a in graph.attentions) or here & graph.softmax_attentions:
         return "attention"
-    mixed = bool(here & graph.mixers) or any(_mixes_tokens(graph, v) for v in steps)
+    mixed = bool(here & graph.mixers) or any(mixes_tokens(graph, v) for v in steps)
     return "ssm" if mixed else "mlp"
 
 
-def _mixes_tokens(graph: Graph, value: Value) -> bool:
+def mixes_tokens(graph: Graph, value: Value) -> bool:
     """A convolution along the tokens, a Fourier transform, a cumulative sum; or slices one by one, as in a scan."""
     if value.op in TOKEN_MIXES and len(value.shape) >= 3 and not value.weights:
         return value.use is None or value.use.spread
