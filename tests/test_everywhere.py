@@ -78,6 +78,8 @@ def test_two_attentions_in_one_module_take_no_prefix_and_say_so() -> None:
     model, _ = made("prophetnet", "causal")
     with pytest.raises(AdapterError, match="it attends 2 times in one forward"):
         adapters.attach(model, "prefix", length=2)
+    assert "takes no prefix: it attends 2 times" in adapters.explain(model, "prophetnet.decoder.layers.0.self_attn")
+    assert "takes no prefix" in str(adapters.sites(model))
     with pytest.raises(AdapterError, match="can take no prefix: it attends 2 times"):
         adapters.attach(model, "prefix", length=2, targets=["*.self_attn"])
     assert adapters_of(model) == {}

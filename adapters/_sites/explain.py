@@ -136,11 +136,13 @@ def _place(found: Discovery, site: Site) -> list[str]:
             f"  {site.branch}: {_KINDS[site.branch]}",
             default,
         ]
+    if isinstance(site, KeyValueSite) and not site.heads:
+        return [f"  an attention that takes no prefix: {site.reason}"]
     if isinstance(site, KeyValueSite):
         how = "transformers' attention interface" if site.product is None else "its own code"
         masks = "causal" if site.causal else "bidirectional"
         return [f"  an attention through {how}, {site.heads} heads of {site.k_dim}, {masks}; takes a prefix", default]
-    return [f"  a layer of the main stack, {site.width} wide"] if isinstance(site, LayerSite) else []
+    return [f"  a layer of the main stack, {site.width} wide", default] if isinstance(site, LayerSite) else []
 
 
 _KINDS = {

@@ -91,6 +91,8 @@ def _stream_row(site: StreamSite) -> Row:
 
 
 def _keyvalue_row(site: KeyValueSite) -> Row:
+    if not site.heads:
+        return site.path, "takes no prefix", site.reason
     width = str(site.k_dim) if site.k_dim == site.v_dim else f"{site.k_dim}/{site.v_dim}"
     return site.path, f"{site.heads} heads of {width}", "causal" if site.causal else "bidirectional"
 

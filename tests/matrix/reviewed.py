@@ -13,7 +13,7 @@ REVIEWED = {
     "would reach one part of them only",
     r"times in one forward": "tokens and n-grams (ProphetNet), or a window and global tokens (Longformer), attend in "
     "one module, and to different keys",
-    r"no token meets another": "MRA attends in a CUDA kernel; without it transformers returns zeros, and no tokens meet",
+    r"no token meets another": "MRA attends in a CUDA kernel; without it transformers returns zeros: no tokens meet",
     r"virtual ones before them": "the positions are a product of two short axes, which together must be as long as "
     "the input, so no token can be put before it",
     r"has no stream site": "no block adds what it computes to what it was given: there is no residual stream",
