@@ -397,7 +397,8 @@ def _reached(case: Case) -> dict[str, torch.Tensor]:
             found[site.path] = torch.zeros(1).bool()
             model.get_submodule(site.owner).register_forward_hook(_noting(found[site.path]))
         else:
-            twin = _reached(replace(case, nf4=False, method="lora")) if twin is None else twin
+            dense = "lora" if case.method == "qlora" else case.method  # which would quantise its base
+            twin = _reached(replace(case, nf4=False, method=dense)) if twin is None else twin
             found[site.path] = twin[site.path]
     projected(model, case).backward()
     for site in adapters_of(model)["fr"].sites:
