@@ -20,7 +20,7 @@ import adapters
 from adapters._attach import adapters_of, base_parameters, base_weight, tensors_of
 from adapters._attach.weights import by_site
 from adapters._contract import KeyValueMethod, WeightMethod, WeightSite
-from adapters._fourbit import is_quantized
+from adapters._fourbit import dequantize, is_quantized
 
 GRAD_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -397,8 +397,7 @@ def _reached(case: Case) -> dict[str, torch.Tensor]:
             found[site.path] = torch.zeros(1).bool()
             model.get_submodule(site.owner).register_forward_hook(_noting(found[site.path]))
         else:
-            dense = "lora" if case.method == "qlora" else case.method  # which would quantise its base
-            twin = _reached(replace(case, nf4=False, method=dense)) if twin is None else twin
+            twin = _reached(_dense(case)) if twin is None else twin
             found[site.path] = twin[site.path]
     projected(model, case).backward()
     for site in adapters_of(model)["fr"].sites:
@@ -406,6 +405,21 @@ def _reached(case: Case) -> dict[str, torch.Tensor]:
             grad, lead = base[_first(model, site.path)].grad, 1 if site.experts is None else site.experts
             found[site.path] = torch.zeros(lead).bool() if grad is None else grad.view(lead, -1).norm(dim=1) > 0
     return found
+
+
+def _dense(case: Case) -> Case:
+    """The case on a base in 16 bits with the values that 4 bits have kept, which chooses the same experts."""
+
+    def build() -> nn.Module:
+        model = case.build()
+        with torch.no_grad():
+            for path, packed in case.base().named_parameters():
+                if is_quantized(packed):
+                    model.get_parameter(path).copy_(dequantize(packed))
+        return model
+
+    method = "lora" if case.method == "qlora" else case.method  # which would quantise its base
+    return replace(case, build=build, nf4=False, method=method)
 
 
 def _noting(reached: torch.Tensor) -> Callable[..., None]:
