@@ -52,6 +52,8 @@ def _calibrate(model: nn.Module, batch: dict[str, Any]) -> None:
             model(**batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
+        # a channel that hardly varies over so few pictures would have its rounding errors blown up
+        norm.running_var.clamp_(min=0.1 * float(norm.running_var.mean()))
 
 
 def _constant(parameter: nn.Parameter) -> bool:

@@ -117,13 +117,22 @@ def _method(
 
 
 def _showing(case: Case, wanted: float) -> Case:
-    """The case with the noise doubled, up to five times, until the adapter shows in what a random model returns."""
+    """The case with the noise doubled, up to five times, until the adapter shows in what a random model returns.
+
+    Halved, up to twice, where it leaves nothing of the base's output: a deep random model may be chaotic there, and
+    tells one rounding from another as loudly.
+    """
     before = output(case.base(), case.inputs)
-    for _ in range(5):
-        if relative(output(case.shaken(), case.inputs), before) > wanted:
-            break
-        case = replace(case, noise=2 * case.noise)
-    return case
+
+    def shown(noise: float) -> float:
+        return relative(output(replace(case, noise=noise).shaken(), case.inputs), before)
+
+    noise, effect = case.noise, shown(case.noise)
+    while effect <= wanted and noise < 32 * case.noise:
+        noise, effect = 2 * noise, shown(2 * noise)
+    while effect > 1 and noise > case.noise / 4:
+        noise, effect = noise / 2, shown(noise / 2)
+    return replace(case, noise=noise)
 
 
 def _number(law: Callable[..., None]) -> int:
