@@ -68,6 +68,15 @@ def shake(model: nn.Module, name: str, seed: int = 11, noise: float = 0.08) -> N
             tensor.add_((noise * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype))
 
 
+def shake_trained(model: nn.Module) -> None:
+    """The same for a model of another library: noise for everything that trains."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
 def frozen(model: nn.Module) -> nn.Module:
     """The base as `attach` leaves it. torch multiplies a transposed batch by a weight otherwise where the weight wants
     a gradient (`should_fold` in ATen's LinearAlgebra.cpp), so freezing alone may change the last bit: test_engine.py.

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
-from laws import relative, shake
+from laws import relative, shake, shake_trained
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -97,11 +97,7 @@ def by_peft(name: str, folder: Path) -> tuple[Any, torch.Tensor]:
     targets = [BUILT[name][3], *(["volume", "head"] if name == "signal" else [])]
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets)
     model = peft.get_peft_model(build(name), config).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    shake_trained(model)
     model.save_pretrained(folder)
     return model, output(model, name)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from laws import shake
+from laws import shake, shake_trained
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -41,11 +41,7 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> None:
 def by_peft(name: str, folder: Path, config: Any) -> torch.Tensor:
     """Writes a PEFT adapter whose tensors were all shaken, and returns what it computes."""
     model = peft.get_peft_model(tiny.build(name), config).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    shake_trained(model)
     model.save_pretrained(folder)
     return logits(model)
 
