@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import time
 from collections import Counter
 from pathlib import Path
@@ -336,9 +337,18 @@ def test_the_time_to_trace_and_to_attach_grows_with_the_layers_and_no_faster() -
         adapters.attach(model, "lora", rank=2, sites=found)
         return between - started, time.process_time() - between
 
-    seconds(2)
-    shallow = min(seconds(30) for _ in range(2)), min(seconds(60) for _ in range(2))
-    deep = min(seconds(120) for _ in range(2))
-    assert deep[0] < 2.8 * shallow[1][0]  # 2 if linear, 4 if quadratic
-    assert deep[0] < 3.0
-    assert seconds(30)[1] < 0.5  # from a map
+    def fastest(layers: int) -> tuple[float, float]:
+        """Of two runs each; a collection of the garbage of other tests is no part of either."""
+        gc.collect()
+        gc.disable()
+        try:
+            runs = [seconds(layers) for _ in range(2)]
+        finally:
+            gc.enable()
+        return min(trace for trace, _ in runs), min(attach for _, attach in runs)
+
+    fastest(2)
+    shallow, deep = fastest(60), fastest(120)
+    assert deep[0] < 2.8 * shallow[0]  # 2 if linear, 4 if quadratic
+    assert deep[1] < 2.8 * shallow[1]
+    assert deep[1] < deep[0]  # what a map saves is the larger part
