@@ -19,6 +19,7 @@ import torch as _torch  # noqa: F401 - the one heavy import that every use needs
 if TYPE_CHECKING:
     from adapters import methods
     from adapters._attach import Adapter, AttachReport, activate, adapters_of, attach, detach, using
+    from adapters._bridge import peft_config
     from adapters._change import Factors, Scaled, Weight
     from adapters._contract import (
         KeyValueMethod,
@@ -36,10 +37,11 @@ if TYPE_CHECKING:
     from adapters._merge import Certificate, merge
     from adapters._quantize import QuantizeReport, quantize
     from adapters._sites import SiteMap, explain, sites
-    from adapters._store import AdapterInfo, LoadReport, SaveReport, inspect, load, save, swap
+    from adapters._store import AdapterInfo, LoadReport, SaveReport, inspect, load, restore, save, swap
 
 _WHERE = {
     "_attach": "Adapter AttachReport activate adapters_of attach detach using",
+    "_bridge": "peft_config",
     "_change": "Factors Scaled Weight",
     "_contract": "KeyValueMethod KeyValueSite LayerSite Method Rows StreamMethod StreamSite WeightMethod WeightSite",
     "_errors": "AdapterError DamagedAdapter WrongBase",
@@ -47,7 +49,7 @@ _WHERE = {
     "_merge": "Certificate merge",
     "_quantize": "QuantizeReport quantize",
     "_sites": "SiteMap explain sites",
-    "_store": "AdapterInfo LoadReport SaveReport inspect load save swap",
+    "_store": "AdapterInfo LoadReport SaveReport inspect load restore save swap",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
 
@@ -86,7 +88,9 @@ __all__ = [
     "load_base",
     "merge",
     "methods",
+    "peft_config",
     "quantize",
+    "restore",
     "save",
     "sites",
     "swap",
@@ -115,6 +119,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'adapters' has no attribute {name!r}")
     importlib.import_module("adapters._store")  # an attached model can save itself, whichever verb was used first
+    importlib.import_module("adapters._bridge")  # and is a PeftModel from the moment that peft is imported
     value = getattr(importlib.import_module(f"adapters.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value

@@ -169,16 +169,19 @@ def test_every_tensor_of_pefts_file_is_accounted_for(tmp_path: Path) -> None:
         ({"method": "prefix"}, "no method that computes"),
     ],
 )
-def test_what_peft_cannot_express_has_no_peft_folder(options: dict[str, Any], why: str, tmp_path: Path) -> None:
+def test_what_peft_cannot_express_is_marked_as_ours(options: dict[str, Any], why: str, tmp_path: Path) -> None:
     report = adapters.save(shaken("llama", **options), "fr", tmp_path)
     assert why in report.peft
-    assert not (tmp_path / "adapter_config.json").exists()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "ADAPTERS"
+    assert config["peft_type"] not in set(peft.PeftType)  # other programs refuse it rather than read it wrongly
+    assert not {"r", "lora_alpha", "target_modules"} & config.keys()
 
 
-def test_fused_experts_have_no_peft_folder(tmp_path: Path) -> None:
+def test_fused_experts_are_marked_as_ours(tmp_path: Path) -> None:
     report = adapters.save(shaken("qwen3_moe", targets="mlp.gate_up"), "fr", tmp_path)
     assert "read as a parameter" in report.peft
-    assert not (tmp_path / "adapter_config.json").exists()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "ADAPTERS"
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_only_our_own_files_are_replaced(folder: Path) -> None:
     (folder / CARD).write_text(mine)
     (folder / "optimizer.pt").write_bytes(b"state")
     report = adapters.save(adapted(method="prefix"), "fr.v2", folder)
-    assert sorted(path.name for path in folder.iterdir()) == sorted([CARD, RECORD, WEIGHTS, "optimizer.pt"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([CARD, CONFIG, RECORD, WEIGHTS, "optimizer.pt"])
     assert (folder / CARD).read_text() == mine
     assert any(CARD in note for note in report.notes)
     assert adapters.inspect(folder).method == "prefix"

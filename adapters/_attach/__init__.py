@@ -5,7 +5,7 @@ from adapters._attach import (
     products,  # the shortcuts of factored weights
 )
 from adapters._attach.entries import bare_copy
-from adapters._attach.install import base_parameters, install, remove, replace, tensors_of
+from adapters._attach.install import base_parameters, install, remove, replace, set_trainable, tensors_of
 from adapters._attach.labels import labels_of, set_labels
 from adapters._attach.report import AttachReport
 from adapters._attach.state import Adapter, adapters_of, state_of, unwrapped
@@ -30,6 +30,7 @@ __all__ = [
     "remove",
     "replace",
     "set_labels",
+    "set_trainable",
     "state_of",
     "tensors_of",
     "unwrapped",

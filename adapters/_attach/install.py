@@ -4,6 +4,7 @@ changes, so that a refusal leaves it as it was.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Iterable, Mapping
 
@@ -132,6 +133,17 @@ def _take_out(model: nn.Module, state: State, adapter: Adapter) -> None:
     state.adapters = others
     if not others and FACES in model.__dict__:
         strip(model)
+
+
+def set_trainable(model: nn.Module, name: str, trainable: bool) -> Adapter:
+    """Lets an attached adapter's tensors, its heads' included, train from now on, or freezes them."""
+    state, old = _attached(model, name)
+    new = dataclasses.replace(old, trainable=trainable)
+    for parameter in adapter_tensors(unwrapped(model), old).values():
+        parameter.requires_grad_(trainable)
+    state.adapters = {**state.adapters, name: new}
+    state.active = tuple(new if adapter is old else adapter for adapter in state.active)
+    return new
 
 
 def tensors_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -6,6 +6,7 @@ others hang on `forward` (accelerate's instance-level forward, hooks), and is se
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -48,6 +49,10 @@ HOLD = "hold"  # holds tensors that others use
 READ = "read:"  # followed by a parameter's name
 
 save_attached: Callable[[nn.Module, str], None] | None = None  # set by the store, which is imported after this
+# faces that others provide, by name: which modules have them (ENTER or PREPARE), and how to make, of such a module's
+# class, the class that has the face as well
+further_faces: dict[str, tuple[str, Callable[[type[nn.Module]], type[nn.Module]]]] = {}
+roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every attached model of this process
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a forward
 before_forward: list[Callable[[nn.Module, State, tuple[Any, ...], dict[str, Any]], Call]] = []
 
@@ -83,19 +88,26 @@ def adapted_class(base: Any, faces: frozenset[str]) -> type[nn.Module]:
             space["generate"] = _root_generate(base.generate)
         if hasattr(base, "save_pretrained"):
             space["save_pretrained"] = _save_pretrained
+        if hasattr(base, "_hf_peft_config_loaded"):
+            space["_hf_peft_config_loaded"] = property(_trains_on_a_quantised_base)
     if CHECKPOINT in faces:
         space["_gradient_checkpointing_func"] = property(_get_checkpointing, _set_checkpointing)
     for face in faces:
         if face.startswith(READ):
             space[face.removeprefix(READ)] = property(_reader(face.removeprefix(READ)))
     made: type[nn.Module] = type(base.__name__, (base,), space)
+    for face in sorted(faces & further_faces.keys()):
+        made = further_faces[face][1](made)
     return made
 
 
 def _restore(base: Any, faces: frozenset[str]) -> nn.Module:
     """Pickle finds classes by name; a swapped one is made again from its base."""
     cls = adapted_class(base, faces)
-    return cls.__new__(cls)
+    module = cls.__new__(cls)
+    if ENTER in faces:
+        roots.add(module)
+    return module
 
 
 def add_faces(module: nn.Module, state: State, *faces: str) -> None:
@@ -104,12 +116,17 @@ def add_faces(module: nn.Module, state: State, *faces: str) -> None:
     have = module.__dict__.get(FACES, frozenset())
     module.__dict__[STATE] = state
     module.__dict__[FACES] = have | frozenset(faces)
+    further = [face for face, (where, _) in further_faces.items() if where in faces]
+    module.__dict__[FACES] |= frozenset(further)
     module.__class__ = adapted_class(base, module.__dict__[FACES])
+    if ENTER in faces:
+        roots.add(module)
 
 
 def strip(module: nn.Module) -> None:
     """Gives a module its own class back and takes everything away that attaching put there."""
     module.__class__ = base_class(module)
+    roots.discard(module)
     for key in (STATE, TAPPED_BY, FACES):
         module.__dict__.pop(key, None)
     if CHILD in module._modules and isinstance(module._modules[CHILD], Container | None):
@@ -207,6 +224,11 @@ def _save_pretrained(self: nn.Module, save_directory: str, *args: Any, **kwargs:
     assert save_attached is not None, "adapters._store is imported together with every public function"
     if kwargs.get("is_main_process", True):
         save_attached(self, str(save_directory))
+
+
+def _trains_on_a_quantised_base(self: nn.Module) -> bool:
+    """What transformers' Trainer asks of a base that transformers has quantised, whether or not peft is installed."""
+    return getattr(self, "hf_quantizer", None) is not None
 
 
 def _reader(parameter: str) -> Callable[[nn.Module], Any]:

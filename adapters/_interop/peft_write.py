@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from adapters.methods.ia3 import IA3
 from adapters.methods.lora import LoRA
 from adapters.methods.qlora import QLoRA
 
+REGISTRY_TYPE = "ADAPTERS"  # the peft_type of what only this library can read
 TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),
     ("ForTokenClassification", "TOKEN_CLS"),
@@ -68,6 +69,20 @@ def express(
     config = _config(own, saved, transposed, _task(model, head), base)
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return PeftFiles(text, *_stored(method, weights, tensors, modules))
+
+
+def marker(record: Mapping[str, Any], head: Sequence[str], base: str | None) -> bytes:
+    """The configuration of an adapter that PEFT has no words for: the bridge finds it, other programs refuse it."""
+    config = {
+        "peft_type": REGISTRY_TYPE,
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "method": dict(record),
+        "head": list(head),
+        "saved": True,
+    }
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _own(

@@ -2,10 +2,22 @@
 
 from adapters._attach import swap as _classes
 from adapters._store.fingerprints import check, fingerprint
-from adapters._store.loading import inspect, load, swap
+from adapters._store.loading import inspect, load, restore, swap
 from adapters._store.reports import AdapterInfo, LoadReport, SaveReport
 from adapters._store.saving import save, save_attached
 
 _classes.save_attached = save_attached  # `save_pretrained` of an adapted model comes back here
 
-__all__ = ["AdapterInfo", "LoadReport", "SaveReport", "check", "fingerprint", "inspect", "load", "save", "swap"]
+__all__ = [
+    "AdapterInfo",
+    "LoadReport",
+    "SaveReport",
+    "check",
+    "fingerprint",
+    "inspect",
+    "load",
+    "restore",
+    "save",
+    "save_attached",
+    "swap",
+]

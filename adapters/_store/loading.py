@@ -7,9 +7,10 @@ import re
 from collections import Counter
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from adapters._attach import adapters_of, install, labels_of, replace, state_of
+from adapters._attach import adapters_of, install, labels_of, replace, state_of, tensors_of
 from adapters._contract import Site
 from adapters._errors import AdapterError, DamagedAdapter, WrongBase, nearest
 from adapters._interop.peft_read import parse_config, understand
@@ -19,6 +20,7 @@ from adapters._store.bundle import CONFIG, OWNED, RECORD, WEIGHTS, Bundle, metho
 from adapters._store.fingerprints import check
 from adapters._store.record import decode, parse
 from adapters._store.reports import AdapterInfo, LoadReport
+from adapters._store.sharded import put
 
 Force = Literal["wrong-base"]
 LARGEST_CONFIG = 16 << 20  # bytes
@@ -85,6 +87,35 @@ def swap(model: nn.Module, name: str, folder: str | os.PathLike[str], force: For
     base = _check_base(model, bundle, force)
     kept: dict[str, Any] = {"head": bundle.head, "facts": bundle.facts, "labels": bundle.labels}
     replace(model, name, bundle.method, bundle.sites, bundle.tensors, **kept)
+    return _report(place, name, bundle, base, notes)
+
+
+def restore(model: nn.Module, name: str, folder: str | os.PathLike[str], force: Force | None = None) -> LoadReport:
+    """Copies the tensors of a saved adapter into those of the attached adapter `name`: the parameters stay the same.
+
+    What resuming needs, where an optimizer already holds the parameters; `swap` makes new ones.
+
+    Raises:
+        WrongBase, DamagedAdapter: as `load`.
+        AdapterError: the folder holds another method, or other sites, than is attached; nothing was copied.
+    """
+    attached = adapters_of(model)
+    if name not in attached:
+        raise AdapterError(f"no adapter {name!r} on this model{nearest(name, attached)} Use adapters.load to add one.")
+    place, bundle, notes = _read(model, folder)
+    base = _check_base(model, bundle, force)
+    here, adapter = tensors_of(model, name), attached[name]
+    differ = sorted(here.keys() ^ bundle.tensors.keys())
+    differ = differ or [key for key, tensor in here.items() if tensor.shape != bundle.tensors[key].shape]
+    if bundle.method != adapter.method or differ:
+        where = f", {differ[0]} among others" if differ else ""
+        raise AdapterError(
+            f"{place} holds {bundle.method!r}{where}, and {name!r} is {adapter.method!r}: nothing was restored; "
+            "attach what was saved, or load the folder under a name of its own."
+        )
+    with torch.no_grad():
+        for key, parameter in here.items():
+            put(parameter, bundle.tensors[key])
     return _report(place, name, bundle, base, notes)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from adapters._attach import Adapter, adapters_of, state_of, tensors_of
 from adapters._errors import AdapterError, DamagedAdapter, nearest
-from adapters._interop.peft_write import PeftFiles, express
+from adapters._interop.peft_write import PeftFiles, express, marker
 from adapters._store import commit
-from adapters._store.bundle import CARD, CONFIG, OWNED, RECORD, WEIGHTS, Bundle, require_finite
+from adapters._store.bundle import CARD, CONFIG, OWNED, RECORD, WEIGHTS, Bundle, method_record, require_finite
 from adapters._store.card import card, ours
 from adapters._store.fingerprints import fingerprint
 from adapters._store.record import encode, json_safe
@@ -131,9 +131,11 @@ def _files(bundle: Bundle, expressed: PeftFiles | str) -> dict[str, bytes]:
     shapes = expressed.shapes if isinstance(expressed, PeftFiles) else {}
     held = {keys[key]: tensor.view(shapes.get(key, tensor.shape)) for key, tensor in bundle.tensors.items()}
     weights = safetensors.torch.save(held, {"format": "pt"})  # what transformers and PEFT look for in the header
-    config = expressed.config if isinstance(expressed, PeftFiles) else None
-    files = {WEIGHTS: weights, RECORD: encode(bundle, keys, config, weights)}
-    return {**files, CONFIG: config} if config is not None else files
+    if isinstance(expressed, PeftFiles):
+        config = expressed.config
+    else:
+        config = marker(method_record(bundle.method), bundle.head, (bundle.base or {}).get("name"))
+    return {WEIGHTS: weights, CONFIG: config, RECORD: encode(bundle, keys, config, weights)}
 
 
 def _existing_card(folder: str | os.PathLike[str]) -> bytes | None:

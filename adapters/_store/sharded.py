@@ -1,0 +1,30 @@
+"""Tensors that are spread over processes (DTensor, as FSDP2 makes them): read whole, written in their parts."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of one that is sharded; then every process must call."""
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Copies all of a tensor's values into it, in place; each process keeps its part."""
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        there: Any = tensor
+        value = distribute_tensor(value.to(tensor.device, tensor.dtype), there.device_mesh, there.placements)
+    tensor.copy_(value)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor; where none was ever made, its module is not imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
