@@ -177,10 +177,10 @@ def _draw_rows(axes: Axes, data: Any) -> None:
     top = max(lengths) + 1
     width = max(1, math.ceil(top / 30))
     edges = list(range(0, top + width, width))
-    axes.hist(lengths, bins=edges, color=GREY, label=f"all tokens: {sum(lengths):,}")
-    share = f"learned: {sum(learned):,} ({100 * sum(learned) / max(1, sum(lengths)):.1f} %)"
+    axes.hist(lengths, bins=edges, color=GREY, label=f"all tokens: {_short(sum(lengths))}")
+    share = f"learned: {_short(sum(learned))} ({100 * sum(learned) / max(1, sum(lengths)):.1f} %)"
     axes.hist(learned, bins=edges, histtype="step", color=BLUE, lw=1.8, label=share)
-    axes.set_title(f"Rows: {len(lengths):,}", loc="left")
+    axes.set_ylabel(f"rows (of {len(lengths):,})")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes)
     axes.margins(x=0.02)
@@ -200,8 +200,18 @@ def _marker(shape: str, steps: Sequence[int]) -> str:
     return shape if len(steps) < 30 else ""
 
 
+def _short(number: int) -> str:
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
 def _legend(axes: Axes) -> None:
-    """Above the axes, where it cannot lie on what is drawn."""
+    """Above the axes, where it cannot lie on what is drawn, as long as there is room."""
+    if len(axes.get_legend_handles_labels()[1]) > 3:
+        axes.legend(frameon=False, fontsize=9)
+        return
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2, fontsize=9)
 
 

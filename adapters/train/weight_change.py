@@ -113,9 +113,10 @@ def _together(changes: Sequence[Change]) -> float:
 
 def _labels(blocks: Sequence[str]) -> list[str]:
     """Layers by their number, with the stack's name where there are several stacks; `-` outside of all layers."""
-    split = [(*block.rpartition(".")[::2],) for block in blocks]
-    stacks = {stack for stack, number in split if number.isdigit()}
-    names = {stack: stack.rpartition(".")[2] if stack.count(".") < 2 else stack.split(".")[-2] for stack in stacks}
+    split = [block.rpartition(".")[::2] for block in blocks]
+    stacks = [stack.split(".") for stack in dict.fromkeys(stack for stack, number in split if number.isdigit())]
+    shared = set.intersection(*map(set, stacks)) if stacks else set()
+    names = {".".join(stack): next((part for part in stack if part not in shared), stack[-1]) for stack in stacks}
     return [
         (number if len(stacks) < 2 else f"{names[stack]} {number}") if number.isdigit() else block or "-"
         for (stack, number), block in zip(split, blocks, strict=True)
