@@ -119,7 +119,8 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'adapters' has no attribute {name!r}")
     importlib.import_module("adapters._store")  # an attached model can save itself, whichever verb was used first
-    importlib.import_module("adapters._bridge")  # and is a PeftModel from the moment that peft is imported
+    importlib.import_module("adapters._bridge")  # is a PeftModel from the moment that peft is imported
+    importlib.import_module("adapters._trainers")  # and is saved and resumed by trainers that know nothing of it
     value = getattr(importlib.import_module(f"adapters.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value

@@ -40,9 +40,11 @@ def peft_config(
     """
     chosen = make_method(method, hyperparameters)
     try:
-        from adapters._bridge.config import AdaptersConfig
+        import peft  # noqa: F401 - first, because what waits for it imports the configuration
     except ModuleNotFoundError as error:
         raise AdapterError("peft_config needs peft: run `pip install peft`, or use adapters.attach.") from error
+    from adapters._bridge.config import AdaptersConfig
+
     named = (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
     heads = head if head is None or isinstance(head, bool) else tuple([head] if isinstance(head, str) else head)
     return AdaptersConfig(method=chosen, targets=named, head=heads, dtype=dtype, tokenizer=tokenizer, sites=sites)

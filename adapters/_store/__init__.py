@@ -2,8 +2,9 @@
 
 from adapters._attach import swap as _classes
 from adapters._store.fingerprints import check, fingerprint
-from adapters._store.loading import inspect, load, restore, swap
+from adapters._store.loading import inspect, load, swap
 from adapters._store.reports import AdapterInfo, LoadReport, SaveReport
+from adapters._store.restoring import restore, restore_attached
 from adapters._store.saving import save, save_attached
 
 _classes.save_attached = save_attached  # `save_pretrained` of an adapted model comes back here
@@ -17,6 +18,7 @@ __all__ = [
     "inspect",
     "load",
     "restore",
+    "restore_attached",
     "save",
     "save_attached",
     "swap",

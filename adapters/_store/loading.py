@@ -7,10 +7,9 @@ import re
 from collections import Counter
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from adapters._attach import adapters_of, install, labels_of, replace, state_of, tensors_of
+from adapters._attach import adapters_of, install, labels_of, replace, state_of
 from adapters._contract import Site
 from adapters._errors import AdapterError, DamagedAdapter, WrongBase, nearest
 from adapters._interop.peft_read import parse_config, understand
@@ -20,7 +19,6 @@ from adapters._store.bundle import CONFIG, OWNED, RECORD, WEIGHTS, Bundle, metho
 from adapters._store.fingerprints import check
 from adapters._store.record import decode, parse
 from adapters._store.reports import AdapterInfo, LoadReport
-from adapters._store.sharded import put
 
 Force = Literal["wrong-base"]
 LARGEST_CONFIG = 16 << 20  # bytes
@@ -48,8 +46,8 @@ def load(
         DamagedAdapter: a file is missing, truncated or altered, or holds values that are not finite.
         AdapterError: the name is taken, or the folder holds something that this version cannot read.
     """
-    place, bundle, notes = _read(model, folder)
-    base = _check_base(model, bundle, force)
+    place, bundle, notes = read_folder(model, folder)
+    base = check_base(model, bundle, force)
     chosen = name if name is not None else bundle.name
     install(
         model,
@@ -64,7 +62,7 @@ def load(
         labels=bundle.labels,
         map=_map(model, bundle),
     )
-    return _report(place, chosen, bundle, base, notes)
+    return report(place, chosen, bundle, base, notes)
 
 
 def _map(model: nn.Module, bundle: Bundle) -> SiteMap | None:
@@ -83,40 +81,11 @@ def swap(model: nn.Module, name: str, folder: str | os.PathLike[str], force: For
     attached = adapters_of(model)
     if name not in attached:
         raise AdapterError(f"no adapter {name!r} on this model{nearest(name, attached)} Use adapters.load to add one.")
-    place, bundle, notes = _read(model, folder)
-    base = _check_base(model, bundle, force)
+    place, bundle, notes = read_folder(model, folder)
+    base = check_base(model, bundle, force)
     kept: dict[str, Any] = {"head": bundle.head, "facts": bundle.facts, "labels": bundle.labels}
     replace(model, name, bundle.method, bundle.sites, bundle.tensors, **kept)
-    return _report(place, name, bundle, base, notes)
-
-
-def restore(model: nn.Module, name: str, folder: str | os.PathLike[str], force: Force | None = None) -> LoadReport:
-    """Copies the tensors of a saved adapter into those of the attached adapter `name`: the parameters stay the same.
-
-    What resuming needs, where an optimizer already holds the parameters; `swap` makes new ones.
-
-    Raises:
-        WrongBase, DamagedAdapter: as `load`.
-        AdapterError: the folder holds another method, or other sites, than is attached; nothing was copied.
-    """
-    attached = adapters_of(model)
-    if name not in attached:
-        raise AdapterError(f"no adapter {name!r} on this model{nearest(name, attached)} Use adapters.load to add one.")
-    place, bundle, notes = _read(model, folder)
-    base = _check_base(model, bundle, force)
-    here, adapter = tensors_of(model, name), attached[name]
-    differ = sorted(here.keys() ^ bundle.tensors.keys())
-    differ = differ or [key for key, tensor in here.items() if tensor.shape != bundle.tensors[key].shape]
-    if bundle.method != adapter.method or differ:
-        where = f", {differ[0]} among others" if differ else ""
-        raise AdapterError(
-            f"{place} holds {bundle.method!r}{where}, and {name!r} is {adapter.method!r}: nothing was restored; "
-            "attach what was saved, or load the folder under a name of its own."
-        )
-    with torch.no_grad():
-        for key, parameter in here.items():
-            put(parameter, bundle.tensors[key])
-    return _report(place, name, bundle, base, notes)
+    return report(place, name, bundle, base, notes)
 
 
 def inspect(folder: str | os.PathLike[str]) -> AdapterInfo:
@@ -169,7 +138,7 @@ def resolve(folder: str | os.PathLike[str]) -> str:
         ) from error
 
 
-def _read(model: nn.Module, folder: str | os.PathLike[str]) -> tuple[str, Bundle, list[str]]:
+def read_folder(model: nn.Module, folder: str | os.PathLike[str]) -> tuple[str, Bundle, list[str]]:
     place = resolve(folder)
     with commit.reading(place) as view:
         if RECORD in view:
@@ -220,7 +189,7 @@ def _inspect_peft(place: str, view: commit.View, files: dict[str, int]) -> Adapt
     )
 
 
-def _check_base(model: nn.Module, bundle: Bundle, force: str | None) -> str:
+def check_base(model: nn.Module, bundle: Bundle, force: str | None) -> str:
     if force not in (None, "wrong-base"):
         raise AdapterError(f"force is {force!r}; the only check that can be skipped is force='wrong-base'.")
     if bundle.base is None:
@@ -262,7 +231,7 @@ def _parameters(bundle: Bundle) -> int:
     return sum(tensor.numel() for tensor in bundle.tensors.values())
 
 
-def _report(place: str, name: str, bundle: Bundle, base: str, notes: list[str]) -> LoadReport:
+def report(place: str, name: str, bundle: Bundle, base: str, notes: list[str]) -> LoadReport:
     count = len(bundle.tensors)
     return LoadReport(
         place, name, bundle.method.name, len(bundle.sites), count, _parameters(bundle), base, tuple(notes)

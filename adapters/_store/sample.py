@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters._errors import AdapterError, DamagedAdapter
+from adapters._store.sharded import whole
 
 BLOCK = 64
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -67,7 +68,7 @@ def sample(module: nn.Module, parameter: nn.Parameter, count: int, path: str) ->
     state = getattr(parameter, "quant_state", None)
     if state is not None and hasattr(state, "quant_type"):
         return _quantised(parameter.detach(), state, count, path)
-    stored = parameter.detach()
+    stored = whole(parameter.detach())
     name = str(stored.dtype).removeprefix("torch.")
     if name not in FLOATS:
         flat = stored.reshape(-1).view(torch.uint8)[: count * BLOCK]

@@ -23,6 +23,7 @@ from adapters._store.card import card, ours
 from adapters._store.fingerprints import fingerprint
 from adapters._store.record import encode, json_safe
 from adapters._store.reports import SaveReport
+from adapters._store.sharded import is_first_process, is_sharded, whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -38,7 +39,8 @@ def save(
 ) -> SaveReport:
     """Writes the adapter `name` of `model` into `folder`: its tensors, its record, a model card, PEFT's configuration.
 
-    Only the adapter's own four files are replaced, as one step that a crash cannot divide.
+    Only the adapter's own four files are replaced, as one step that a crash cannot divide. Where the model is sharded
+    over processes (FSDP2), all of them must call; the first one writes.
 
     Args:
         dtype: what the tensors are stored as ("bfloat16" halves the file and rounds them); None keeps their own.
@@ -65,7 +67,8 @@ def save(
     else:
         owned.remove(CARD)
         notes.append(f"{CARD} was written by someone else and stays as it is.")
-    commit.write(folder, files, owned)
+    if not any(is_sharded(tensor) for tensor in tensors_of(model, name).values()) or is_first_process():
+        commit.write(folder, files, owned)
     sizes = {key: len(content) for key, content in files.items()}
     return SaveReport(os.fspath(folder), name, sizes, len(tensors), parameters, peft, tuple(notes))
 
@@ -88,7 +91,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> tup
     notes = []
     stored = {}
     for key, tensor in tensors.items():
-        here = tensor.detach().to("cpu", target or tensor.dtype).contiguous()
+        here = whole(tensor.detach()).to("cpu", target or tensor.dtype).contiguous()
         # safetensors refuses tensors that are views of a larger storage
         stored[key] = here if here.untyped_storage().nbytes() == here.nbytes else here.clone()
     down = sorted({str(t.dtype) for t in tensors.values() if target is not None and t.dtype.itemsize > target.itemsize})
@@ -156,15 +159,24 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def save_attached(model: nn.Module, folder: str) -> None:
+def save_attached(model: nn.Module, folder: str, write: bool = True) -> None:
     """What `save_pretrained` of an adapted model does: the adapter `default`, or the only one, into `folder`.
 
     Further adapters go into subfolders of their names, as PEFT puts them.
+
+    Args:
+        write: False for a process that only takes part in gathering tensors that are sharded.
     """
+    for name, place in folders(model, folder).items():
+        if write or any(is_sharded(tensor) for tensor in tensors_of(model, name).values()):
+            save(model, name, place)
+
+
+def folders(model: nn.Module, folder: str) -> dict[str, str]:
+    """Where `save_attached` puts each attached adapter."""
     names = list(adapters_of(model))
     first = "default" if "default" in names else names[0]
     for name in names:
         if name != first and not commit.plain(name):
             raise AdapterError(f"{name!r} cannot name a folder; save it with adapters.save into one that you choose.")
-    for name in names:
-        save(model, name, folder if name == first else os.path.join(folder, name))
+    return {name: folder if name == first else os.path.join(folder, name) for name in names}

@@ -28,3 +28,10 @@ def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is a DTensor; where none was ever made, its module is not imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes, of those that share the work."""
+    import torch.distributed as distributed
+
+    return not distributed.is_available() or not distributed.is_initialized() or distributed.get_rank() == 0

@@ -1,0 +1,67 @@
+"""Puts saved tensors back into an attached adapter, in place, as resuming a run needs it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from adapters._attach import adapters_of, tensors_of
+from adapters._errors import AdapterError, nearest
+from adapters._store.bundle import RECORD
+from adapters._store.loading import Force, check_base, read_folder, report
+from adapters._store.reports import LoadReport
+from adapters._store.saving import folders
+from adapters._store.sharded import put
+
+
+def restore(model: nn.Module, name: str, folder: str | os.PathLike[str], force: Force | None = None) -> LoadReport:
+    """Copies the tensors of a saved adapter into those of the attached adapter `name`: the parameters stay the same.
+
+    What resuming needs, where an optimizer already holds the parameters; `swap` makes new ones.
+
+    Raises:
+        WrongBase, DamagedAdapter: as `load`.
+        AdapterError: the folder holds another method, or other sites, than is attached; nothing was copied.
+    """
+    attached = adapters_of(model)
+    if name not in attached:
+        raise AdapterError(f"no adapter {name!r} on this model{nearest(name, attached)} Use adapters.load to add one.")
+    place, bundle, notes = read_folder(model, folder)
+    base = check_base(model, bundle, force)
+    here, adapter = tensors_of(model, name), attached[name]
+    differ = sorted(here.keys() ^ bundle.tensors.keys())
+    differ = differ or [key for key, tensor in here.items() if tensor.shape != bundle.tensors[key].shape]
+    if bundle.method != adapter.method or differ:
+        where = f", {differ[0]} among others" if differ else ""
+        raise AdapterError(
+            f"{place} holds {bundle.method!r}{where}, and {name!r} is {adapter.method!r}: nothing was restored; "
+            "attach what was saved, or load the folder under a name of its own."
+        )
+    with torch.no_grad():
+        for key, parameter in here.items():
+            put(parameter, bundle.tensors[key])
+    return report(place, name, bundle, base, notes)
+
+
+def restore_attached(model: nn.Module, folder: str) -> None:
+    """Restores every attached adapter from where `save_attached` put it; all folders are checked before any is read.
+
+    Raises:
+        AdapterError: a folder is missing, or holds another adapter than is attached.
+    """
+    places = folders(model, _adapters_in(folder))
+    for name, place in places.items():
+        if not os.path.isfile(os.path.join(place, RECORD)):
+            raise AdapterError(f"{place} holds no adapter, and {name!r} should be restored from it.")
+    for name, place in places.items():
+        restore(model, name, place)
+
+
+def _adapters_in(folder: str) -> str:
+    """The folder itself, or the one in it where a model that holds the attached one has saved that."""
+    if os.path.isfile(os.path.join(folder, RECORD)) or not os.path.isdir(folder):
+        return folder
+    inside = [entry.path for entry in os.scandir(folder) if os.path.isfile(os.path.join(entry.path, RECORD))]
+    return inside[0] if len(inside) == 1 else folder

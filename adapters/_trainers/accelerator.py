@@ -1,0 +1,57 @@
+"""`Accelerator.save_state` and `load_state` of models with adapters: an adapter folder in place of all weights."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from adapters._store import restore_attached, save_attached
+from adapters._trainers.trainer import attached_within
+
+FOLDER = "adapters"
+_HOOKED = "_adapters_hooked"
+
+
+def extend() -> None:
+    """Called once, when accelerate has been imported."""
+    from accelerate import Accelerator
+
+    for name in ("save_state", "load_state"):
+        setattr(Accelerator, name, _hooked(getattr(Accelerator, name)))
+
+
+def _hooked(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def with_adapters(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, _HOOKED) and any(attached_within(model) is not None for model in self._models):
+            setattr(self, _HOOKED, True)
+            self.register_save_state_pre_hook(functools.partial(_save, self))
+            self.register_load_state_pre_hook(_load)
+        return method(self, *args, **kwargs)
+
+    return with_adapters
+
+
+def _save(accelerator: Any, models: list[Any], weights: list[Any], output_dir: str) -> None:
+    """Writes the adapters of each model that has any, and takes its weights out of what is written besides."""
+    for index in reversed(range(len(models))):
+        found = attached_within(models[index])
+        if found is not None:
+            save_attached(found, _folder(output_dir, index), write=accelerator.is_main_process)
+            if weights:
+                del weights[index]
+
+
+def _load(models: list[Any], input_dir: str) -> None:
+    """Restores the adapters of each model that has any, and leaves the others for accelerate to load."""
+    for index in reversed(range(len(models))):
+        found = attached_within(models[index])
+        if found is not None:
+            restore_attached(found, _folder(input_dir, index))
+            del models[index]
+
+
+def _folder(state: str, index: int) -> str:
+    return os.path.join(state, FOLDER if index == 0 else f"{FOLDER}_{index}")
