@@ -1,16 +1,20 @@
-"""Tasks with real rows and exact scores: function calls for language models, sarcastic headlines for classifiers."""
+"""Rows for training: any usual shape of instruction data, and two tasks with real rows and exact scores."""
 
 from adapters.data.calls import Call, read_calls
 from adapters.data.headlines import Headline, read_headlines
 from adapters.data.interval import paired_interval
+from adapters.data.prepared import Prepared, prepare
 from adapters.data.rendering import answer, instruction, messages
+from adapters.data.report import DataReport
 from adapters.data.scoring import Score, score
 from adapters.data.tokens import Encoded, encode, encode_call, encode_prompt
 
 __all__ = [
     "Call",
+    "DataReport",
     "Encoded",
     "Headline",
+    "Prepared",
     "Score",
     "answer",
     "encode",
@@ -19,6 +23,7 @@ __all__ = [
     "instruction",
     "messages",
     "paired_interval",
+    "prepare",
     "read_calls",
     "read_headlines",
     "score",
