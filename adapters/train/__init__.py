@@ -1,6 +1,56 @@
-"""Recipes: a YAML file that teaches a model something measurable, run from start to end."""
+"""Training adapters: trainers over rows of any shape, and recipes, YAML files that each hold a complete run.
 
-from adapters.train.reading import read_recipe
-from adapters.train.recipe import Evaluation, Recipe, Training
+Every public name is imported on first use, so that reading a recipe loads neither transformers nor trl.
+"""
 
-__all__ = ["Evaluation", "Recipe", "Training", "read_recipe"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapters.train.instruction import InstructionTrainer
+    from adapters.train.packing import Packing, probe_packing
+    from adapters.train.reading import read_recipe
+    from adapters.train.recipe import Evaluation, Recipe, Training
+    from adapters.train.sft import SFTTrainer
+
+_WHERE = {
+    "instruction": "InstructionTrainer",
+    "packing": "Packing probe_packing",
+    "reading": "read_recipe",
+    "recipe": "Evaluation Recipe Training",
+    "sft": "SFTTrainer",
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
+
+__all__ = [
+    "Evaluation",
+    "InstructionTrainer",
+    "Packing",
+    "probe_packing",
+    "read_recipe",
+    "Recipe",
+    "SFTTrainer",
+    "Training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'adapters.train' has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(f"adapters.train.{_MODULE_OF[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("trl", "datasets", "accelerate"):
+            raise
+        raise ModuleNotFoundError(
+            f'adapters.train.{name} needs the package {error.name}: pip install "adapter-registry[train]".',
+            name=error.name,
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,56 +1,103 @@
-"""The loss over the answer tokens alone, with the output layer run only where an answer is."""
+"""The loss over the labelled tokens alone, with the output layer run only where a label is."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters._attach.state import unwrapped
+from adapters._evaluating import evaluating
 from adapters.data.tokens import IGNORED
+from adapters.train.batches import PaddedRows
+from adapters.train.packing import block_mask
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One forward over a batch; sums run over its labelled tokens."""
+
+    total: Tensor  # cross-entropy, nats
+    count: Tensor  # labelled tokens
+    correct: Tensor  # labelled tokens that are the most likely ones
+    entropy: Tensor  # of the predictions, nats
+    outputs: Any  # the model's own
 
 
 def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The cross-entropy summed over the labelled tokens of a right-padded batch, in nats.
+    """The cross-entropy summed over the labelled tokens of a batch, in nats.
 
     Equal to the loss over all positions, but the vocabulary-sized logits exist only for the positions that predict a
     label in some row: on a CPU the output layer over every position costs more than all the layers below it.
 
     Args:
         model: a causal language model.
-        batch: `input_ids`, `attention_mask`, `labels`, each `(rows, tokens)`; labels are -100 where nothing is learned.
+        batch: `input_ids` and `labels`, `(rows, tokens)`, with an `attention_mask` where rows are padded on the right,
+            or `position_ids` where documents share a row; labels are -100 where nothing is learned.
+    """
+    return score(model, batch, _takes_columns(model)).total
+
+
+def score(
+    model: Any,
+    batch: Mapping[str, Any],
+    columns_only: bool,
+    mask: torch.dtype | None = None,
+    **inputs: Any,
+) -> Scored:
+    """Runs a batch and compares the predictions with its labels.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        batch: as in `answer_loss`.
+        columns_only: the model takes the positions whose logits are wanted; otherwise all are computed.
+        mask: the dtype of the block-diagonal mask that keeps documents in a row apart; None: `position_ids` do.
+        inputs: further arguments of the forward.
     """
     targets = batch["labels"][:, 1:]  # position t predicts token t + 1
     columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, columns]
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), targets[:, columns].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    inputs = {**{key: value for key, value in batch.items() if key != "labels"}, "use_cache": False, **inputs}
+    if mask is not None and "position_ids" in batch and "attention_mask" not in batch:
+        inputs["attention_mask"] = block_mask(batch["position_ids"], mask)
+    if columns_only:
+        inputs["logits_to_keep"] = columns
+    outputs = model(**inputs)
+    logits = outputs.logits if columns_only else outputs.logits[:, columns.to(outputs.logits.device)]
+    wanted = targets[:, columns].to(logits.device)
+    learned = wanted != IGNORED
+    chances = F.log_softmax(logits.float(), -1)
+    total = F.nll_loss(chances.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+    with torch.no_grad():
+        correct = ((chances.argmax(-1) == wanted) & learned).sum()
+        entropy = (torch.special.entr(chances.exp()).sum(-1) * learned).sum()
+    return Scored(total, learned.sum(), correct, entropy, outputs)
+
+
+def takes_columns(model: Any) -> bool:
+    """Whether `logits_to_keep` may be a tensor of positions: tried, since some models take a count only."""
+    if not _takes_columns(model):
+        return False
+    device = unwrapped(model).get_input_embeddings().weight.device  # type: ignore[operator]
+    ids, columns = torch.tensor([[5, 2, 7, 3, 6, 4, 1]], device=device), torch.tensor([1, 4], device=device)
+    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        whole = model(input_ids=ids, use_cache=False).logits[:, columns]
+        try:
+            kept = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
+        except Exception:  # whatever a model does with an argument that it was not made for
+            return False
+    tolerance = torch.finfo(whole.dtype).eps ** 0.5 * float(whole.abs().max())
+    return kept.shape == whole.shape and torch.allclose(kept, whole, rtol=0, atol=tolerance)
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad: int) -> dict[str, Tensor]:
-    """Rows of `input_ids` and `labels` as one batch, padded on the right.
+    """Rows of `input_ids` and `labels` as one batch, padded on the right with the token `pad`."""
+    return PaddedRows(pad)(rows)
 
-    Args:
-        rows: each with `input_ids` and `labels` of one length.
-        pad: token id to pad with; it is masked, so it may be a token that means something.
-    """
-    longest = max(len(row["input_ids"]) for row in rows)
-    batch = {
-        "input_ids": torch.full((len(rows), longest), pad),
-        "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
-        "labels": torch.full((len(rows), longest), IGNORED),
-    }
-    for i, row in enumerate(rows):
-        length = len(row["input_ids"])
-        batch["input_ids"][i, :length] = torch.tensor(row["input_ids"])
-        batch["attention_mask"][i, :length] = 1
-        batch["labels"][i, :length] = torch.tensor(row["labels"])
-    return batch
+
+def _takes_columns(model: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
