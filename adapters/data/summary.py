@@ -97,7 +97,8 @@ def _assumed(found: Recognised, writing: Writing | None, kept: Kept) -> list[str
         return [f"no chat template is used: rows are written as {form}, ended by {writing.end[0]!r}; serve the same"]
     said = []
     if template.appended:
-        said.append(f"the chat template ends no answer with a token of its own: {template.end!r} was appended to each")
+        later = ", which the prompts of later turns will not show" if kept.ends > len(kept.lengths) else ""
+        said.append(f"the chat template ends no answer with a token: {template.end!r} was appended to each{later}")
     if template.lead:
         said.append(f"the template begins an answer with {template.lead!r}, which is learned as part of it")
     if template.end_id != writing.speller.tokenizer.eos_token_id:

@@ -46,6 +46,8 @@ class Writing:
             AdapterError: the template does not do what it must.
         """
         example = self._complete(example)
+        if not example.turns and example.plain is None:
+            raise Skip("no answer of an assistant")
         if self.template is None or not example.turns:
             pieces = self._plain(example, number)
         else:
