@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from adapters._attach import activate, attach, install, state_of, tensors_of
+from adapters._attach import activate, attach, install, set_trainable, state_of, tensors_of
 from adapters._bridge.config import AdaptersConfig
 from adapters._errors import AdapterError
 from adapters._store import load
@@ -38,8 +38,7 @@ def add(model: nn.Module, name: str, config: Any) -> None:
         return
     active = [adapter.name for adapter in state.active]
     attach_by(model, config, name)
-    for parameter in tensors_of(model, name).values():
-        parameter.requires_grad_(False)
+    set_trainable(model, name, False)
     activate(model, active[0] if active else None)
 
 

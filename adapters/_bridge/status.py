@@ -8,6 +8,7 @@ from torch import nn
 
 from adapters._attach import Adapter, adapters_of, state_of
 from adapters._attach.entries import entry_of
+from adapters._attach.state import selection
 from adapters._attach.swap import base_class
 from adapters._bridge.config import TYPE
 from adapters._fourbit import elements, quantized_parameters
@@ -66,7 +67,7 @@ def whole(model: nn.Module) -> Any:
 
 def _active(model: nn.Module) -> list[str]:
     state = state_of(model)
-    return [adapter.name for adapter in state.active] if state is not None else []
+    return [adapter.name for adapter in selection(state)] if state is not None else []
 
 
 def _backend(model: nn.Module) -> str | None:
