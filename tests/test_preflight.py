@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import adapters
-from adapters._attach import adapters_of, base_parameters, tensors_of
+from adapters._attach import adapters_of, base_parameters, state_of, tensors_of
 from adapters._attach.entries import entry_of
 from adapters.train.preflight import Check, Preflight, preflight
 
@@ -134,7 +134,7 @@ def test_experts_that_no_token_chose_are_reported() -> None:
     (line,) = [what for what in lines(found, "ok") if "not routed in these batches" in what]
     path, numbers = next(iter(idle.items()))
     assert f"{path} {numbers}" in line
-    everything = run(model, [batch(i, 8, 20) for i in range(3)], tokenizer=None)
+    everything = run(model, [*(batch(i, 8, 20) for i in range(3)), one], tokenizer=None)
     assert not any("not routed" in what for what in lines(everything, "ok")), str(everything)
 
 
@@ -503,6 +503,20 @@ def test_the_model_is_as_it_was(method: str) -> None:
         assert held is None or torch.equal(held, values)
         assert tensor._post_accumulate_grad_hooks  # type: ignore[attr-defined]
     assert all(parameter.grad is None for parameter in base_parameters(model).values())
+
+
+def test_what_the_engine_found_out_is_found_again() -> None:
+    """Else a run after a preflight would draw other random numbers than one without."""
+    model = attached()
+    state = state_of(model)
+    assert state is not None
+
+    def loss(model: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        state.inputs_require_grad = True
+        return model(**given).loss
+
+    assert run(model, loss=loss).passed
+    assert state.inputs_require_grad is False
 
 
 def test_the_model_is_as_it_was_after_a_failure() -> None:

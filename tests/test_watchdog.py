@@ -82,6 +82,18 @@ def test_one_element_is_enough_to_have_moved() -> None:
     assert [finding.what.rpartition(": ")[2] for finding in watched.findings] == [f"{PATH}:a"]
 
 
+def test_values_that_change_places_have_moved() -> None:
+    model = attached()
+    watch = Watchdog(model, after=2)
+    with torch.no_grad():
+        moved = tensors_of(model, "fr")[f"{PATH}:a"]
+        moved.copy_(moved.flip(-1))
+    watch.step()
+    watch.step()
+    (finding,) = watch.findings
+    assert finding.what.startswith("14 have not moved since the start, bit for bit: ")  # 13 sites and this one's B
+
+
 @pytest.mark.parametrize("fault", ["optimizer", "rate", "rounding"])
 def test_a_run_in_which_nothing_moves_is_stopped(fault: str) -> None:
     model = attached(dtype=torch.bfloat16 if fault == "rounding" else torch.float32)
