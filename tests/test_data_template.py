@@ -140,7 +140,7 @@ def test_thinking_that_later_turns_drop() -> None:
         prepare([{"messages": TALK[:2]}, {"messages": TALK}], tokenizer)
     said = str(refused.value)
     assert said.startswith("row 1: the chat template writes turn 1 differently once more turns follow")
-    assert "<think></think>yo<|im_end|>' alone" in said
+    assert "<think></think>yo<|im_end|>' by itself" in said
     assert "assistant\\nyo<|im_end|>" in said
     assert 'learn="last", which works here' in said
     thoughtful = [
@@ -160,15 +160,37 @@ def test_a_history_that_depends_on_the_last_turn() -> None:
     """Where the last prompt does not agree either, learning only the last answer is not suggested."""
     template = "{% if messages | length > 3 %}<s>{% endif %}" + CHATML
     tokenizer = letters("{% if messages[-1]['role'] == 'assistant' and messages | length > 3 %}<s>{% endif %}" + CHATML)
-    with pytest.raises(AdapterError, match="row 0: the chat template writes turn 1 differently") as refused:
+    with pytest.raises(AdapterError, match=r"row 0: .* prompt for turn 1 is not how") as refused:
         prepare([{"messages": TALK}], tokenizer)
     assert "learn=" not in str(refused.value)
     assert "tokenizer.chat_template" in str(refused.value)
-    with pytest.raises(AdapterError, match="row 0: the chat template writes turn 3 differently"):
+    with pytest.raises(AdapterError, match=r"row 0: .* prompt for turn 3 is not how"):
         prepare([{"messages": TALK}], tokenizer, learn="last")
     # a default that comes with the fourth turn, but is in the last prompt already
     with pytest.raises(AdapterError, match='pass learn="last"'):
         prepare([{"messages": [turn("system", "s"), *TALK]}], letters(template))
+
+
+def test_a_prompt_that_starts_to_think() -> None:
+    """The prompt for generation opens the thinking: rows that think agree with it, others are refused."""
+    tokenizer = letters(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
+    assert spans(tokenizer, [TALK[0], turn("assistant", "<think>hm</think>yo")])[1] == ("hm</think>yo<|im_end|>", True)
+    with pytest.raises(AdapterError, match=r"row 0: .* prompt for turn 1 is not how .*<think>' by itself"):
+        prepare([{"messages": TALK}], tokenizer)
+
+
+def test_several_tokens_at_the_end_of_a_turn() -> None:
+    """Cohere's answers end in two tokens, of which the last one stops generation."""
+    tokenizer = letters(CHATML.replace("<|im_end|>", "<|end|><|im_end|>"))
+    assert spans(tokenizer, TALK[:2])[1:] == [("yo<|end|><|im_end|>", True), ("\n", False)]
+    assert prepare([{"messages": TALK}], tokenizer).report.end_of_turn == "<|im_end|>"
+    # the second one ends the conversation, not a turn
+    once = letters(
+        CHATML.replace(
+            "\n{% endfor %}", "{% if loop.last and not add_generation_prompt %}<|endoftext|>{% endif %}{% endfor %}"
+        )
+    )
+    assert [text for text, on in spans(once, TALK) if on] == ["yo<|im_end|>", "well<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +203,11 @@ def test_a_history_that_depends_on_the_last_turn() -> None:
             "one question and one answer are refused by the chat template",
         ),
         ("{{ messages[0].wrong.field }}", {}, "refused by the chat template .*set tokenizer.chat_template"),
-        (CHATML.replace("assistant", "model"), {}, r"prompt for generation is not how it starts an answer: .*model"),
+        (
+            CHATML.replace("assistant", "model"),
+            {},
+            r"row 0: .* prompt for turn 1 is not how .*model\\n' by itself, .*assistant.*template_options",
+        ),
         (ENDLESS, {"eos_token": None, "pad_token": None}, r"has no end token \(eos_token\)"),
         (None, {"eos_token": None, "pad_token": None}, r"has no end token \(eos_token\)"),
         (None, {}, "row 0 is a conversation, and the tokenizer has no chat template .* instruct version"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 from adapters._errors import AdapterError
 from adapters.data.kept import Kept
 from adapters.data.recognition import Recognised
@@ -35,16 +33,14 @@ def summarise(kept: Kept, found: Recognised, writing: Writing | None, rows: int)
     fields = (*found.shape.needs, *found.shape.takes)
     return DataReport(
         shape=found.shape.name,
-        columns=MappingProxyType(used),
-        parts=MappingProxyType(
-            {used[field]: part for field, part in zip(fields, found.shape.parts, strict=True) if field in used}
-        ),
+        columns=used,
+        parts={used[field]: part for field, part in zip(fields, found.shape.parts, strict=True) if field in used},
         unused=tuple(column for column in kept.columns if column not in used.values()),
-        roles=MappingProxyType({name: role for name, role in writing.roles.items() if name != role} if writing else {}),
+        roles={name: role for name, role in writing.roles.items() if name != role} if writing else {},
         rows=rows,
         kept=len(kept.lengths),
         cut=kept.cut,
-        dropped=MappingProxyType(dict(kept.dropped)),
+        dropped=dict(kept.dropped),
         tokens=len(kept.ids),
         learned_tokens=sum(kept.learned),
         lengths=tuple(kept.lengths),

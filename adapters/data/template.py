@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: how it ends a turn, found by trying it, and which part of a row is an answer."""
+"""A tokenizer's chat template: what it writes around an answer and how it ends a turn, found by trying it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters._errors import AdapterError
-from adapters.data.example import Example, Skip, Turn, answers
-from adapters.data.labels import Piece
+from adapters.data.example import Skip, Turn
 
 REMEDY = "set tokenizer.chat_template to one that fits"
 _ASKED, _SAID = "Zebraquestion", "Zebraanswer"  # words that no template writes by itself
@@ -76,30 +75,30 @@ def probe(tokenizer: Any, options: Mapping[str, Any] | None = None) -> Template:
     if _SAID not in whole or _ASKED not in prompt:
         raise AdapterError(f"the chat template leaves out what is said: it renders {whole[-80:]!r}; {REMEDY}.")
     before, _, tail = whole.rpartition(_SAID)
-    if not before.startswith(prompt):
-        mine, theirs = _differing(prompt, whole)
-        raise AdapterError(
-            f"the chat template's prompt for generation is not how it starts an answer: {mine!r} becomes {theirs!r}; "
-            f"{REMEDY}, or pass the template an option."
-        )
-    closing, end, end_id = _ending(tokenizer, tail, special)
+    again = _between(bare, [asked, said, asked])
+    closing, end, end_id = _ending(tokenizer, tail, again, special)
     appended = end_id is None
     if end_id is None:
         end, end_id = end_of_text(tokenizer, "the chat template writes no token after an answer")
-    lead = before[len(prompt) :]
-    opening = _opening(bare, [asked, said, asked], prompt.partition(_ASKED)[0])
+    # where the prompt is not how an answer begins, rows decide: some templates agree only on answers that think
+    lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    opening = _opening(prompt.partition(_ASKED)[0], again)
+    opening = "" if opening == tokenizer.bos_token else opening
     return Template(tokenizer, bare.options, opening, lead, tail, closing, end, end_id, appended, special)
 
 
-def _opening(template: Template, turns: Sequence[Turn], before: str) -> str:
-    """What comes before the first turn but not before a later one of the same role."""
+def _between(template: Template, turns: Sequence[Turn]) -> str:
+    """What the template writes between an answer and the next question."""
     try:
-        again = template.render(turns, None, False).partition(_SAID)[2].rpartition(_ASKED)[0]
+        return template.render(turns, None, False).partition(_SAID)[2].rpartition(_ASKED)[0]
     except Skip:
         return ""
+
+
+def _opening(before: str, again: str) -> str:
+    """What comes before the first question but not before a later one."""
     same = next((n for n in range(min(len(before), len(again)), 0, -1) if before.endswith(again[-n:])), 0)
-    opening = before[: len(before) - same]
-    return "" if opening == template.tokenizer.bos_token else opening
+    return before[: len(before) - same] if again else ""
 
 
 def end_of_text(tokenizer: Any, found: str) -> tuple[str, int]:
@@ -116,65 +115,20 @@ def end_of_text(tokenizer: Any, found: str) -> tuple[str, int]:
     return str(tokenizer.eos_token), int(tokenizer.eos_token_id)
 
 
-def split(template: Template, example: Example, learn: str, number: int) -> list[Piece]:
-    """A conversation as pieces, proved turn by turn: what is learned is what follows the prompt for generation.
+def _ending(tokenizer: Any, tail: str, again: str, special: re.Pattern[str]) -> tuple[str, str, int | None]:
+    """What follows an answer up to the end of turn, the text of the token that ends it, and its id or None.
 
-    For each learned answer the rendering of the turns before it, with the start of an answer, and the rendering up to
-    its end of turn must both be how the rendering of the whole conversation begins.
-
-    Args:
-        learn: "all" answers or the "last" one; turns after the last answer are left out.
-        number: of the row, for errors.
-
-    Raises:
-        AdapterError: the renderings disagree, or a call is not written.
-        Skip: there is nothing to learn, or the template refuses the conversation.
+    Where several tokens follow at once, the last of those that also come before a next question ends the turn.
     """
-    learned = answers(example.turns, example.start, learn)
-    turns, tools = example.turns[: learned[-1] + 1], example.tools
-    whole = template.render(turns, tools, False)
-    if tools and whole == template.render(turns, None, False):
-        raise AdapterError(
-            f"row {number} has tools, but the chat template does not write them; {REMEDY}, or leave them out."
-        )
-    pieces: list[Piece] = []
-    cursor = 0
-    for i in learned:
-        prompt = template.render(turns[:i], tools, True)
-        upto = whole if i == learned[-1] else template.render(turns[: i + 1], tools, False)
-        if not whole.startswith(prompt) or len(prompt) < cursor:
-            raise AdapterError(_disagreement(template, example, learn, number, i, prompt, whole))
-        stop = len(prompt) + _length(template, upto[len(prompt) :], number)
-        if upto[:stop] != whole[:stop]:
-            raise AdapterError(_disagreement(template, example, learn, number, i, upto[:stop], whole))
-        _check_calls(turns[i], whole[len(prompt) : stop], number)
-        then = (template.end_id,) if template.appended else ()
-        pieces += [Piece(whole[cursor : len(prompt)], False), Piece(whole[len(prompt) : stop], True, True, then)]
-        cursor = stop
-    return [*pieces, Piece(whole[cursor:], False)]
-
-
-def _length(template: Template, rest: str, number: int) -> int:
-    """How much of the text after a prompt is the answer with its end of turn."""
-    if rest.endswith(template.tail):
-        return len(rest) - len(template.tail) + len(template.closing)
-    # some templates end a call in another way than an answer
-    last = next(reversed(list(template.special.finditer(rest))), None)
-    if last is not None and not rest[last.end() :].strip():
-        return last.end()
-    if template.appended:
-        return len(rest.rstrip())
-    raise AdapterError(f"row {number}: the chat template writes no end of turn after the answer: {rest[-60:]!r}.")
-
-
-def _ending(tokenizer: Any, tail: str, special: re.Pattern[str]) -> tuple[str, str, int | None]:
-    """What follows an answer up to the end of turn, the text of the token that ends it, and its id or None."""
-    first = special.search(tail)
-    if first is not None:
-        return tail[: first.end()], first[0], int(tokenizer.convert_tokens_to_ids(first[0]))
-    text = tail.strip()
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-    return tail.rstrip(), text, int(ids[0]) if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
+    found = special.search(tail)
+    if found is None:
+        text = tail.strip()
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return tail.rstrip(), text, int(ids[0]) if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
+    after = special.match(tail, found.end())
+    while after is not None and again.startswith(tail[: after.end()]):
+        found, after = after, special.match(tail, after.end())
+    return tail[: found.end()], found[0], int(tokenizer.convert_tokens_to_ids(found[0]))
 
 
 def _special(tokenizer: Any) -> re.Pattern[str]:
@@ -182,34 +136,3 @@ def _special(tokenizer: Any) -> re.Pattern[str]:
     texts = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     alternatives = "|".join(re.escape(text) for text in sorted(texts, key=lambda text: (-len(text), text)) if text)
     return re.compile(alternatives or r"(?!)")
-
-
-def _check_calls(turn: Turn, written: str, number: int) -> None:
-    for call in turn.get("tool_calls", ()):
-        name = str(call.get("function", call).get("name"))
-        if name not in written:
-            raise AdapterError(f"row {number}: the chat template does not write the call of {name!r}; {REMEDY}.")
-
-
-def _differing(one: str, other: str) -> tuple[str, str]:
-    """Both texts from shortly before where they differ first."""
-    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    start = max(0, same - 24)
-    return one[start : same + 40], other[start : same + 40]
-
-
-def _disagreement(
-    template: Template, example: Example, learn: str, number: int, turn: int, part: str, whole: str
-) -> str:
-    mine, theirs = _differing(part, whole)
-    remedy = REMEDY
-    if learn == "all":
-        try:
-            split(template, example, "last", number)
-            remedy = 'pass learn="last", which works here: only the last answer of each row is learned'
-        except (AdapterError, Skip):
-            pass
-    return (
-        f"row {number}: the chat template writes turn {turn} differently once more turns follow, so that training "
-        f"would not see what generation sees: {mine!r} alone, {theirs!r} in the whole conversation; {remedy}."
-    )

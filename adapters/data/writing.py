@@ -10,7 +10,8 @@ from adapters._errors import AdapterError
 from adapters.data import plain
 from adapters.data.example import Example, Skip
 from adapters.data.labels import Labelled, Piece, Speller, label
-from adapters.data.template import Template, end_of_text, split
+from adapters.data.proof import split
+from adapters.data.template import Template, end_of_text
 from adapters.data.tokens import IGNORED
 
 
