@@ -41,8 +41,7 @@ class Preparation:
             rows = [{"text": self.formatting(row)} for row in rows]
         args, options = self.args, {**self.options, "mask_prompt": self.args.completion_only_loss is not False}
         if args.dataset_text_field != "text" and options["columns"] is None and self.formatting is None:
-            columns = getattr(rows, "column_names", None) or ()
-            options["columns"] = {"text": args.dataset_text_field} if args.dataset_text_field in columns else None
+            options["columns"] = {"text": args.dataset_text_field}
         prepared = prepare(rows, self.tokenizer, max_tokens=args.max_length, **options)
         self._check(prepared.report)
         made = prepared.dataset.shuffle(seed=args.seed) if args.shuffle_dataset else prepared.dataset
