@@ -167,6 +167,13 @@ def test_question_with_context() -> None:
 
 
 @real
+def test_question_with_context_through_the_template() -> None:
+    row = {"context": "A list.", "question": "Capital of France?", "answer": "Paris"}
+    asked = ASKED.replace("Capital", "A Ġlist . Ċ Ċ Capital")
+    assert learned([row]) == tokens(f"{DEFAULT} {asked}", "Paris <|im_end|>", "Ċ")
+
+
+@real
 def test_text() -> None:
     assert learned([{"text": "The sky is blue."}]) == tokens("", "The Ġsky Ġis Ġblue . <|im_end|>")
     assert learned([{"text": "Blue.<|im_end|>"}]) == tokens("", "Blue . <|im_end|>")  # its end is not doubled
@@ -358,6 +365,18 @@ def test_an_empty_cell_is_no_other_shape() -> None:
     rows = [{"question": "x", "answer": None, "text": "x"}, {"question": "x", "answer": "y", "text": "xy"}]
     report = prepare(rows, letters(CHATML)).report
     assert (report.shape, report.unused, dict(report.dropped)) == ("question/answer", ("text",), {"empty answer": 1})
+
+
+def test_a_column_that_is_empty_in_every_row_decides_nothing() -> None:
+    report = prepare([{**row, "messages": None, "prompt": []} for row in ROWS], letters(CHATML)).report
+    assert (report.shape, report.kept) == ("question/answer", 7)
+
+
+def test_answers_in_a_prompt_stay_context_when_a_system_turn_is_added() -> None:
+    row = {"prompt": turns()[1:3], "completion": turns()[3:]}
+    tokenizer = letters(CHATML)
+    (found,) = prepare([row], tokenizer, system="Be brief.").dataset
+    assert tokenizer.decode([label for label in found["labels"] if label != -100]) == "Rome<|im_end|>"
 
 
 def generated() -> Iterator[dict[str, str]]:

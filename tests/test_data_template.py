@@ -273,6 +273,14 @@ def test_cut_rows() -> None:
         prepare([{"messages": TALK}, other], tokenizer, max_tokens=first)
 
 
+def test_whole_rows_that_are_learned_need_their_ends_too() -> None:
+    report = prepare([{"messages": TALK}], letters(CHATML), mask_prompt=False).report
+    assert (report.tokens, report.share, report.learns) == (report.learned_tokens, 1.0, "the whole text")
+    assert "all 2 answers" in report.proof
+    with pytest.raises(AdapterError, match="cuts the end of turn off every row"):
+        prepare([{"messages": TALK}], letters(CHATML), mask_prompt=False, max_tokens=20, too_long="cut")
+
+
 def bos_first(tokenizer: Any) -> Any:
     """Llama's: `<s>` before every text, unless it is told not to."""
     from tokenizers.processors import TemplateProcessing

@@ -60,7 +60,7 @@ def _turn_taking(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         return ()
     pair = (names[0], names[-1])
-    regular = len(names) % 2 == 0 and all(name == pair[i % 2] for i, name in enumerate(names))
+    regular = all(name == pair[i % 2] for i, name in enumerate(names))
     return pair if regular and pair[0] != pair[1] else (names[0],)
 
 
