@@ -232,6 +232,21 @@ def test_every_kind_of_source(tmp_path: Path) -> None:
     assert prepare(tmp_path / "a.csv", tokenizer).dataset.to_list() == prepare(text, tokenizer).dataset.to_list()
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("a.json", "[]", "a.json holds no rows"),
+        ("a.csv", "question,answer\n", "a.csv holds no rows"),
+        ("a.jsonl", "", "a.jsonl is empty"),
+        ("a.jsonl", '{"a": 1\n', "a.jsonl cannot be read: JSON parse error"),
+    ],
+)
+def test_files_without_rows(tmp_path: Path, name: str, text: str, sentence: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(AdapterError, match=sentence):
+        prepare(tmp_path / name, letters(CHATML))
+
+
 def test_numbers_are_taken_as_text_and_reported() -> None:
     prepared = prepare([{"question": "6*7?", "answer": 42}], letters(CHATML))
     assert (

@@ -123,7 +123,7 @@ def _pairs() -> Iterable[Shape]:
     beside = ("user", "assistant", "user", "system", "tools")
     ends = [("prompt", "completion"), ("prompt", "response")]
     turns = ("turns", "learned turns", "tools")
-    yield Shape("prompt/completion", ends[0], ("tools",), turns, _is_list, _messages_completion)
+    yield Shape("prompt/completion of turns", ends[0], ("tools",), turns, _is_list, _messages_completion)
     for pair in ends:
         yield Shape("prompt/completion", pair, takes, parts, _is_text, _pair(*pair, "", "", plain.continued))
     alpaca = _pair("instruction", "output", "", "input", plain.alpaca)

@@ -47,6 +47,8 @@ def _read_file(path: Path) -> Any:
             return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
     except (datasets.exceptions.DatasetsError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
+        if "corresponds to no data" in reason:
+            raise AdapterError(f"{path} holds no rows; expected at least one to train on.") from error
         raise AdapterError(f"{path} cannot be read: {reason[:300]}.") from error
 
 
