@@ -325,6 +325,11 @@ def test_unclear_roles_are_refused(rows: list[dict[str, Any]]) -> None:
             {},
             r"row 0: messages\[1\] says no role",
         ),
+        (
+            [{"prompt": "x", "completion": "y"}, {"prompt": turns()[:2], "completion": turns()[2:3]}],
+            {},
+            r"row 1 has the shape prompt/completion of turns .*, other rows have prompt/completion",
+        ),
         ([{"question": "x", "answer": ["y"]}], {}, "row 0: column 'answer' holds list, expected text"),
         ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], {}, "holds more than text"),
         (ROWS, {"columns": {"questoin": "a"}}, "no field 'questoin'; did you mean 'question'"),
