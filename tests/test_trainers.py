@@ -108,6 +108,7 @@ class Batches(hf.TrainerCallback):  # type: ignore[misc]
 @pytest.mark.parametrize("method", ["lora", "bottleneck", "prefix"])
 def test_the_loss_of_a_step_is_the_mean_over_its_labelled_tokens(method: str, tmp_path: Path) -> None:
     model, tokenizer = llama(), tokens()
+    model.accepts_loss_kwargs = method == "lora"  # without it, transformers would average over micro-batches
     args = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=4)
     trainer = SFTTrainer(model, args, None, ROWS, None, tokenizer, adapter=method)
     assert trainer.packing.kind == "packed"
@@ -364,9 +365,13 @@ def test_the_balance_of_experts_is_part_of_the_loss(tmp_path: Path) -> None:
     trainer.train()
     assert float(whole.aux_loss) > 1
     assert losses(trainer)[0] == pytest.approx(float(whole.loss), abs=1e-5)  # transformers adds the balance to it
-    off = arguments(tmp_path, max_steps=1, router_aux_loss_coef=0.0, gradient_accumulation_steps=4)
-    again = SFTTrainer(model, off, None, ROWS, None, tokens(), layout="padded")
-    again.train()
+    for coefficient in (0.5, 0.0):  # over two micro-batches, and switched off
+        args = arguments(tmp_path, max_steps=1, router_aux_loss_coef=coefficient, per_device_train_batch_size=4)
+        expected = full_mean(model, prepare(ROWS, tokens()).dataset)
+        again = SFTTrainer(model, args, None, ROWS, None, tokens(), layout="padded")
+        again.train()
+        log = again.state.log_history[0]
+        assert log["loss"] == pytest.approx(expected + coefficient * log.get("aux_loss", 0.0), abs=1e-5)
     assert "aux_loss" not in again.state.log_history[0]
 
 
