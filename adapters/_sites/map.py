@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -15,6 +14,7 @@ from adapters._errors import DamagedAdapter
 from adapters._sites.aside import Unreached
 from adapters._sites.record import site_of, site_record
 from adapters._sites.table import coverage_line, sections
+from adapters._whole import write_whole
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,7 @@ class SiteMap:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the map as JSON, whole or not at all; `attach(..., sites=SiteMap.load(path))` then needs no trace."""
-        target = os.fspath(path)
-        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(target) or ".", delete=False) as file:
-            try:
-                json.dump(self.to_dict(), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, target)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        write_whole(path, json.dumps(self.to_dict(), indent=1).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SiteMap:

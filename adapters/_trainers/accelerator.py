@@ -16,7 +16,7 @@ _HOOKED = "_adapters_hooked"
 
 def extend() -> None:
     """Called once, when accelerate has been imported."""
-    from accelerate import Accelerator
+    from accelerate.accelerator import Accelerator
 
     for name in ("save_state", "load_state"):
         setattr(Accelerator, name, _hooked(getattr(Accelerator, name)))

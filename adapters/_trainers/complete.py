@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adapters._errors import AdapterError
-from adapters._store import commit
+from adapters._whole import write_whole
 
 SEAL = "checkpoint.json"
 STATE = "trainer_state.json"
@@ -29,7 +29,7 @@ def seal(folder: str | os.PathLike[str]) -> None:
         with open(os.path.join(folder, name), "rb") as file:
             os.fsync(file.fileno())
     text = json.dumps({"files": sizes}, indent=1, sort_keys=True) + "\n"
-    commit.write(folder, {SEAL: text.encode()}, {SEAL})
+    write_whole(os.path.join(folder, SEAL), text.encode())
 
 
 def unseal(folder: str | os.PathLike[str]) -> None:

@@ -23,7 +23,7 @@ from adapters._trainers.complete import newest_checkpoint, require_whole, seal, 
 
 def extend() -> None:
     """Called once, when transformers' Trainer has been imported."""
-    from transformers import Trainer
+    from transformers.trainer import Trainer
 
     Trainer.train = _training(Trainer.train)
 
@@ -124,7 +124,7 @@ def _loading_best(trainer: Any, inner: Callable[[], None]) -> Callable[[], None]
 
 
 def _running(trainer: Any, inner: Callable[..., None]) -> Callable[..., None]:
-    """Resumed from the checkpoint of its last step, a Trainer would take one step more before it asks whether to stop."""
+    """Resumed from the checkpoint of its last step, a Trainer would take one more before it asks whether to stop."""
 
     def run_epoch(*args: Any, **kwargs: Any) -> None:
         if trainer.state.global_step >= trainer.state.max_steps:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from adapters._trainers import newest_checkpoint
+
 if TYPE_CHECKING:
     from adapters.train.instruction import InstructionTrainer
     from adapters.train.packing import Packing, probe_packing
@@ -27,6 +29,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 __all__ = [
     "Evaluation",
     "InstructionTrainer",
+    "newest_checkpoint",
     "Packing",
     "probe_packing",
     "read_recipe",

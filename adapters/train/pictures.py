@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import math
 import os
 import re
@@ -18,6 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor, nn
 
+from adapters._whole import write_whole
 from adapters.data.tokens import IGNORED
 from adapters.train.weight_change import Change, by_layer, weight_changes
 
@@ -61,16 +62,9 @@ def draw(
         canvas = FigureCanvasAgg(figure(history, changes, data))
         target = Path(folder) / NAME
         target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f".{NAME}.{os.getpid()}")
-        try:
-            with staged.open("wb") as file:
-                canvas.print_png(file, metadata={"Software": None})  # which would be matplotlib's version
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staged, target)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                staged.unlink()
+        drawn = io.BytesIO()
+        canvas.print_png(drawn, metadata={"Software": None})  # which would be matplotlib's version
+        write_whole(target, drawn.getvalue())
     return target
 
 

@@ -22,7 +22,7 @@ from adapters.train.packing import Packing, mask_dtype
 from adapters.train.recipe import Training
 from adapters.train.rows import Preparation
 from adapters.train.steps import settings, show_steps
-from adapters.train.tally import Tally
+from adapters.train.tally import Tally, without_repeats
 
 
 class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
@@ -134,11 +134,13 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         self._tokens, self._sums = 0, {"train": Tally(), "eval": Tally()}
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean over the labelled tokens of the step, of which a micro-batch contributes its part."""
         if self._left_to_trl is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training and not self._rows.packs_evaluation:
+            inputs = without_repeats(self.accelerator, inputs, self.args.per_device_eval_batch_size)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         found = score(model, inputs, self._columns_only and not return_outputs, self._mask, **router)
         self._count(found, inputs)

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from adapters.data.tokens import IGNORED
 from adapters.train.loss import Scored
+
+
+def without_repeats(accelerator: Any, batch: Mapping[str, Any], rows: int) -> Mapping[str, Any]:
+    """An evaluation batch without labels on the rows that accelerate repeats, so that every process has as many.
+
+    Args:
+        rows: in a full batch of one process.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return batch
+    own = state.remainder - accelerator.process_index * rows  # of the last round, in the order of the processes
+    labels, positions = batch["labels"], batch.get("position_ids")
+    row = (
+        torch.arange(len(labels), device=labels.device)[:, None]
+        if positions is None
+        else (positions == 0).cumsum(1) - 1
+    )
+    return {**batch, "labels": torch.where(row < own, labels, IGNORED)}
 
 
 @dataclass(frozen=True)
