@@ -6,6 +6,8 @@ that computes nothing; every run and every resumption is a process of its own, f
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -15,9 +17,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import tiny
 import torch
@@ -113,7 +112,6 @@ def run(kind: str, folder: Path, result: Path, step: int | None = None, event: i
     """Trains to the end, from the newest complete checkpoint if there is one, and leaves the tensors in `result`."""
     torch.set_num_threads(1)
     disable_progress_bars()
-    sys.stdout = open(os.devnull, "w")  # the trainer prints every log
     count = [0]
     folder.mkdir(parents=True, exist_ok=True)
     trainer = make(kind, folder)
@@ -121,7 +119,8 @@ def run(kind: str, folder: Path, result: Path, step: int | None = None, event: i
     if step is not None:
         trainer.add_callback(AtStep(step, die))
     resumed = adapters.train.newest_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=resumed)
+    with contextlib.redirect_stdout(io.StringIO()):  # every log is printed
+        trainer.train(resume_from_checkpoint=resumed)
     tensors = {key: tensor.detach() for key, tensor in tensors_of(trainer.model, "fr").items()}
     torch.save({"tensors": tensors, "events": count[0], "from": resumed}, result)
 
