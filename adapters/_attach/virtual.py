@@ -132,8 +132,8 @@ def _inserted(named: Mapping[str, Any], plan: Plan, token: int) -> dict[str, Any
     x = next(named[name] for name in INPUTS if named.get(name) is not None)
     made = dict(named)
     for name, value in named.items():
-        if not isinstance(value, Tensor):
-            continue
+        if not isinstance(value, Tensor) or "label" in name:
+            continue  # labels meet the logits, behind the last layer, where the virtual positions are gone
         if name == "position_ids":
             positions = (plan.order < 0).long() * (-1 - plan.order)
             moved = plan.widened(value + plan.length, 0) if value.dim() == 2 else None

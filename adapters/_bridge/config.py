@@ -38,6 +38,7 @@ class AdaptersConfig(PeftConfig):  # type: ignore[misc]
     head: Any = None
     dtype: Any = torch.float32
     tokenizer: Any = field(default=None, repr=False)
+    example: Any = field(default=None, repr=False)
     sites: Any = field(default=None, repr=False)
     source: Any = field(default=None, repr=False)
     saved: bool = False  # read from a folder, which holds the tensors as well
@@ -70,7 +71,7 @@ class AdaptersConfig(PeftConfig):  # type: ignore[misc]
         return {**json_safe(kept), "method": record, "peft_type": str(TYPE), "task_type": None}
 
 
-_LIVE = ("tokenizer", "sites", "source", "dtype", "method")
+_LIVE = ("tokenizer", "example", "sites", "source", "dtype", "method")
 
 
 def config_of(adapter: Adapter) -> AdaptersConfig:

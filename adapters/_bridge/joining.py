@@ -22,6 +22,7 @@ def attach_by(model: nn.Module, config: Any, name: str) -> None:
         targets=own.targets,
         head=own.head,
         tokenizer=own.tokenizer,
+        example=own.example,
         sites=own.sites,
         dtype=own.dtype,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ def peft_config(
     targets: str | Iterable[str] | None = None,
     head: bool | Iterable[str] | None = None,
     tokenizer: Any = None,
+    example: Mapping[str, Any] | None = None,
     sites: SiteMap | None = None,
     dtype: torch.dtype = torch.float32,
     **hyperparameters: Any,
@@ -27,7 +28,7 @@ def peft_config(
 
     Args:
         method: a name from `adapters.methods.names()` with its hyperparameters, or a method.
-        targets, head, tokenizer, sites, dtype: as for `adapters.attach`.
+        targets, head, tokenizer, example, sites, dtype: as for `adapters.attach`.
         hyperparameters: fields of the method.
 
     Raises:
@@ -47,4 +48,5 @@ def peft_config(
 
     named = (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
     heads = head if head is None or isinstance(head, bool) else tuple([head] if isinstance(head, str) else head)
-    return AdaptersConfig(method=chosen, targets=named, head=heads, dtype=dtype, tokenizer=tokenizer, sites=sites)
+    live = {"tokenizer": tokenizer, "example": example, "sites": sites}
+    return AdaptersConfig(method=chosen, targets=named, head=heads, dtype=dtype, **live)
