@@ -21,6 +21,7 @@ from adapters._contract import KeyValueMethod, Method, Site
 from adapters._errors import AdapterError
 from adapters._fourbit import guard_against_repacking
 from adapters._heads import base_model
+from adapters._sharded import is_sharded
 from adapters._sites import SiteMap
 
 
@@ -73,6 +74,8 @@ def check_attachable(model: nn.Module, name: str) -> None:
     state = state_of(model)
     if state is not None and name in state.adapters:
         raise AdapterError(f"an adapter {name!r} is attached already: detach or swap it, or choose another name.")
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise AdapterError("this model is sharded already: attach first, then shard, so that the adapter is as well.")
     for path, module in model.named_modules():
         if module.__dict__.get(STATE, state) is not state:
             where = f"its part {path}" if path else "a larger model of which this is a part"

@@ -9,11 +9,11 @@ from torch import nn
 
 from adapters._attach import adapters_of, tensors_of
 from adapters._errors import AdapterError, nearest
+from adapters._sharded import put
 from adapters._store.bundle import RECORD
 from adapters._store.loading import Force, check_base, read_folder, report
 from adapters._store.reports import LoadReport
 from adapters._store.saving import folders
-from adapters._store.sharded import put
 
 
 def restore(model: nn.Module, name: str, folder: str | os.PathLike[str], force: Force | None = None) -> LoadReport:

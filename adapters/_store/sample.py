@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters._errors import AdapterError, DamagedAdapter
-from adapters._store.sharded import whole
+from adapters._sharded import whole
 
 BLOCK = 64
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

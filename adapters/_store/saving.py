@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from adapters._attach import Adapter, adapters_of, state_of, tensors_of
 from adapters._errors import AdapterError, DamagedAdapter, nearest
 from adapters._interop.peft_write import PeftFiles, express, marker
+from adapters._sharded import is_first_process, is_sharded, whole
 from adapters._store import commit
 from adapters._store.bundle import CARD, CONFIG, OWNED, RECORD, WEIGHTS, Bundle, method_record, require_finite
 from adapters._store.card import card, ours
 from adapters._store.fingerprints import fingerprint
 from adapters._store.record import encode, json_safe
 from adapters._store.reports import SaveReport
-from adapters._store.sharded import is_first_process, is_sharded, whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

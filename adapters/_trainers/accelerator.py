@@ -1,4 +1,4 @@
-"""`Accelerator.save_state` and `load_state` of models with adapters: an adapter folder in place of all weights."""
+"""`Accelerator` with models that have adapters: checked by `prepare`, saved and loaded as adapter folders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adapters._store import restore_attached, save_attached
+from adapters._trainers.distributed import check
 from adapters._trainers.trainer import attached_within
 
 FOLDER = "adapters"
@@ -20,6 +21,7 @@ def extend() -> None:
 
     for name in ("save_state", "load_state"):
         setattr(Accelerator, name, _hooked(getattr(Accelerator, name)))
+    Accelerator.prepare = _checked(Accelerator.prepare)
 
 
 def _hooked(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,6 +32,18 @@ def _hooked(method: Callable[..., Any]) -> Callable[..., Any]:
             self.register_save_state_pre_hook(functools.partial(_save, self))
             self.register_load_state_pre_hook(_load)
         return method(self, *args, **kwargs)
+
+    return with_adapters
+
+
+def _checked(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(prepare)
+    def with_adapters(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for each in args:
+            found = attached_within(each)
+            if found is not None:
+                check(self, found)
+        return prepare(self, *args, **kwargs)
 
     return with_adapters
 
