@@ -409,7 +409,7 @@ def _of_documents(
         mask = block_mask(positions, mask_dtype(model)) if shared == "masked" else None
         row = {"input_ids": torch.cat(documents, 1), "position_ids": positions, "attention_mask": mask}
         logits = list(model(**row, use_cache=False).logits.float().split(lengths, 1))
-    losses = [cross_entropy(x[0, :-1], ids[0, 1:]) for x, ids in zip(logits, documents, strict=True)]
+    losses = [cross_entropy(x[0, :-1], ids[0, 1:] % x.shape[-1]) for x, ids in zip(logits, documents, strict=True)]
     model.zero_grad()
     (torch.stack(losses) * torch.tensor([1.0, 0.5, 2.0])).sum().backward()
     grads = {key: t.grad for key, t in tensors_of(model, "fr").items() if t.grad is not None}
