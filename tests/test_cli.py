@@ -48,7 +48,7 @@ def test_help_teaches() -> None:
     done = runner.invoke(app, ["--help"])
     assert done.exit_code == 0
     assert "adapters train recipes/quickstart.yaml" in done.output
-    for command in ("methods", "sites", "train", "eval", "generate", "inspect", "merge"):
+    for command in ("methods", "sites", "doctor", "train", "eval", "generate", "inspect", "merge"):
         page = runner.invoke(app, [command, "--help"])
         assert page.exit_code == 0
         assert f"adapters {command}" in page.output, "each page has an example"
@@ -137,12 +137,12 @@ def test_wrong_usage_is_exit_code_two() -> None:
 
 
 def test_an_interrupt_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from adapters.train import run
+    from adapters.train import preparing
 
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(run._LESSONS, "function_calls", interrupted)
+    monkeypatch.setitem(preparing.LESSONS, "function_calls", interrupted)
     (tmp_path / "r.yaml").write_text("method: {name: lora}\n")
     done = runner.invoke(app, ["train", str(tmp_path / "r.yaml"), "--output", str(tmp_path / "out")])
     assert done.exit_code == 130

@@ -64,7 +64,7 @@ def test_method_and_settings_override(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("steps: 7", "stepz: 7", "line 7: no key 'stepz' in training; did you mean 'steps'? Keys: steps, batch"),
+        ("steps: 7", "stepz: 7", "line 7: no key 'stepz' in training; did you mean 'steps'? Keys: steps, epochs"),
         ("training:", "trainin:", "line 6: no key 'trainin' in a recipe; did you mean 'training'? Keys: task"),
         ("rank: 4", "rnak: 4", "line 5: no key 'rnak' in method; did you mean 'rank'? Keys: rank, alpha"),
         ("rank: 4", "rank: 4.5", "line 5: method.rank is 4.5; it must be a whole number."),
@@ -74,8 +74,8 @@ def test_method_and_settings_override(tmp_path: Path) -> None:
         ("name: lora", "name: lroa", "line 4: no method 'lroa'; did you mean 'lora'?"),
         ("name: lora", "alpha: 3", "line 3: method needs a name"),
         ("task: function_calls", "task: function_call", "line 1: task is 'function_call'; did you mean"),
-        ("steps: 7", "steps: many", "line 7: training.steps is 'many'; it must be a whole number."),
-        ("steps: 7", "steps: true", "line 7: training.steps is True; it must be a whole number."),
+        ("steps: 7", "steps: many", "line 7: training.steps is 'many'; it must be a whole number or null."),
+        ("steps: 7", "steps: true", "line 7: training.steps is True; it must be a whole number or null."),
         ("steps: 7", "steps: 0", "line 7: training.steps is 0; it must be at least 1."),
         ("steps: 7", "steps: 7\n  steps: 8", "line 8: 'training.steps' is given twice; the first is in"),
         ("steps: 7", "batch: 7", "line 6: training.batch (7 rows) must be a multiple of training.micro_batch (3 rows)"),

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from adapters.cli.doctor import examine_recipe
 from adapters.cli.evaluate import evaluate_adapter
 from adapters.cli.generate import generate_text
 from adapters.cli.inspect import inspect_adapter
@@ -49,6 +50,7 @@ def _root(
 for _name, _command in (
     ("methods", list_methods),
     ("sites", list_sites),
+    ("doctor", examine_recipe),
     ("train", train_recipe),
     ("eval", evaluate_adapter),
     ("generate", generate_text),

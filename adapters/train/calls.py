@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from adapters._errors import AdapterError
 from adapters._hub import load_base
 from adapters.data import answer, encode_call, encode_prompt, messages, read_calls, score
 from adapters.data.tokens import IGNORED
@@ -28,9 +28,9 @@ class FunctionCalls:
         self.training, self.held_out = read_calls(recipe.evaluation.rows)
         self.facts: dict[str, Any] = {"data": "bfcl-eval 2026.3.23", "held_out": len(self.held_out)}
 
-    def load(self) -> tuple[Any, Any]:
+    def load(self, device: Any) -> tuple[Any, Any]:
         recipe = self.recipe
-        return load_base(recipe.base, recipe.quantize or recipe.method.quantize, recipe.dtype, kind="causal")
+        return load_base(recipe.base, recipe.quantize or recipe.method.quantize, recipe.dtype, device, kind="causal")
 
     def rows(self) -> int:
         return len(self.held_out)
@@ -46,7 +46,7 @@ class FunctionCalls:
         turns = [*messages(call), {"role": "assistant", "content": answer(call)}]
         return str(tokenizer.apply_chat_template(turns, tokenize=False))
 
-    def train(self, model: Any, tokenizer: Any) -> Trained:
+    def trainer(self, model: Any, tokenizer: Any, folder: str) -> Any:
         from datasets import Dataset
 
         from adapters.train.sft import make_trainer
@@ -54,11 +54,12 @@ class FunctionCalls:
         encoded = [encode_call(tokenizer, call)._asdict() for call in self.training]
         short = [row for row in encoded if len(row["input_ids"]) <= self.recipe.training.max_tokens]
         self.facts["training_rows"] = len(short)
-        with tempfile.TemporaryDirectory() as folder:
-            rows = Dataset.from_list(short)
-            trainer = make_trainer(model, tokenizer, rows, self.recipe.training, folder, self.console)
-            trainer.train()
-        return Trained(int(trainer.state.num_input_tokens_seen), trainer.learned)
+        if not short:
+            raise AdapterError(f"no row has at most {self.recipe.training.max_tokens} tokens; raise max_tokens.")
+        return make_trainer(model, tokenizer, Dataset.from_list(short), self.recipe.training, folder, self.console)
+
+    def trained(self, trainer: Any, learned: int) -> Trained:
+        return Trained(int(trainer.state.num_input_tokens_seen), learned)
 
     def base_answers(self, model: Any, tokenizer: Any, advance: Advance) -> list[Answer]:
         return self.answers(model, tokenizer, range(self.rows()), advance)

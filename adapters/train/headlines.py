@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from adapters._errors import AdapterError
 from adapters._hub import load_base
 from adapters.data.headlines import LABELS, Headline, read_headlines
 from adapters.train.lesson import Advance, Answer, Trained
@@ -27,7 +27,7 @@ class Sarcasm:
         self.training, self.held_out = read_headlines(recipe.evaluation.rows)
         self.facts: dict[str, Any] = {"data": "sarcasm headlines of evals 3.0.1.post1", "held_out": len(self.held_out)}
 
-    def load(self) -> tuple[Any, Any]:
+    def load(self, device: Any) -> tuple[Any, Any]:
         recipe = self.recipe
         torch.manual_seed(recipe.training.seed)  # of the fresh head
         names = dict(enumerate(LABELS))
@@ -35,6 +35,7 @@ class Sarcasm:
             recipe.base,
             recipe.quantize or recipe.method.quantize,
             recipe.dtype,
+            device,
             kind="classifier",
             num_labels=len(names),
             id2label=names,
@@ -53,7 +54,7 @@ class Sarcasm:
     def example(self, tokenizer: Any) -> str:
         return self.training[0].text
 
-    def train(self, model: Any, tokenizer: Any) -> Trained:
+    def trainer(self, model: Any, tokenizer: Any, folder: str) -> Any:
         from datasets import Dataset
         from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
@@ -67,17 +68,21 @@ class Sarcasm:
             if len(ids) <= longest
         ]
         self.facts["training_rows"] = len(kept)
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(
-                model,
-                TrainingArguments(**settings(self.recipe.training, folder)),
-                data_collator=DataCollatorWithPadding(tokenizer),
-                train_dataset=Dataset.from_list(kept),
-                processing_class=tokenizer,
-            )
-            show_steps(trainer, self.console)
-            trainer.train()
-        rows = self.recipe.training.steps * self.recipe.training.batch
+        if not kept:
+            raise AdapterError(f"no headline has at most {longest} tokens; raise max_tokens.")
+        trainer = Trainer(
+            model,
+            TrainingArguments(**settings(self.recipe.training, folder)),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=Dataset.from_list(kept),
+            processing_class=tokenizer,
+        )
+        show_steps(trainer, self.console)
+        return trainer
+
+    def trained(self, trainer: Any, learned: int) -> Trained:
+        """One label a row."""
+        rows = trainer.state.global_step * self.recipe.training.batch
         return Trained(int(trainer.state.num_input_tokens_seen), rows)
 
     def base_answers(self, model: Any, tokenizer: Any, advance: Advance) -> list[Answer]:

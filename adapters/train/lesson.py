@@ -13,10 +13,14 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """One model's answer to one held-out row, and what it scores; the last mark is the one that is compared."""
+    """One model's answer to one held-out row, and what it scores; the last mark is the one that is compared.
+
+    Marks are 0 or 1, or, where `tokens` says over how many learned tokens of the row, means over those.
+    """
 
     text: str
-    marks: Mapping[str, bool]
+    marks: Mapping[str, float]
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,12 @@ class Lesson(Protocol):
         """Of the data, for the adapter's record."""
         ...
 
-    def load(self) -> tuple[Any, Any]:
-        """A fresh base and its tokenizer."""
+    def load(self, device: Any) -> tuple[Any, Any]:
+        """A fresh base on a device, and its tokenizer."""
         ...
 
     def rows(self) -> int:
-        """Number of held-out rows."""
+        """Number of held-out rows; to be asked once a base was loaded, as all that follows."""
         ...
 
     def prompt(self, row: int) -> str:
@@ -60,8 +64,12 @@ class Lesson(Protocol):
         """One worked example from the training rows, as text."""
         ...
 
-    def train(self, model: Any, tokenizer: Any) -> Trained:
-        """Trains what in `model` requires gradients."""
+    def trainer(self, model: Any, tokenizer: Any, folder: str) -> Any:
+        """A transformers trainer over the training rows, with a bar over its steps; `folder` is only demanded."""
+        ...
+
+    def trained(self, trainer: Any, learned: int) -> Trained:
+        """What training went through; `learned` tokens had a label, where the trainer counts them."""
         ...
 
     def base_answers(self, model: Any, tokenizer: Any, advance: Advance) -> list[Answer]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from adapters import _registry
 from adapters._contract import Method
 from adapters._errors import AdapterError, nearest
-from adapters.train.recipe import UNUSED, Evaluation, Recipe, Training
+from adapters.train.agreement import check_together, settle_length
+from adapters.train.recipe import Data, Evaluation, Recipe, Training
 from adapters.train.source import Source, override, read_source
+from adapters.train.values import REFUSED, convert, described
 
 R = TypeVar("R")
-_SECTIONS: Mapping[str, Any] = {"training": Training, "evaluation": Evaluation}
+_SECTIONS: Mapping[str, Any] = {"data": Data, "training": Training, "evaluation": Evaluation}
 
 
 def read_recipe(path: str | Path, method: str | None = None, settings: Sequence[str] = ()) -> Recipe:
@@ -65,31 +66,15 @@ def _variant(source: Source, variants: dict[str, Any], name: str) -> Source:
 
 
 def _build(source: Source) -> Recipe:
+    settle_length(source)
     values = dict(source.values)
     for section, cls in _SECTIONS.items():
-        if section in values:
+        if values.get(section) is not None:
             values[section] = _record(cls, values[section], section, source)
     values["method"] = _method(values.get("method"), source)
     recipe = _record(Recipe, values, "", source)
-    _check_together(recipe, source)
+    check_together(recipe, source)
     return recipe
-
-
-def _check_together(recipe: Recipe, source: Source) -> None:
-    for key in UNUSED[recipe.task]:
-        if key in source.places:
-            raise AdapterError(f"{source.place(key)}: {key!r} means nothing for the task {recipe.task!r}; remove it.")
-    batch, micro = recipe.training.batch, recipe.training.micro_batch
-    if batch % micro:
-        raise AdapterError(
-            f"{source.place('training.micro_batch')}: training.batch ({batch} rows) must be a multiple of "
-            f"training.micro_batch ({micro} rows)."
-        )
-    if recipe.start is not None and "text" not in {field.name for field in fields(recipe.method)}:
-        raise AdapterError(f"{source.place('start')}: the method {recipe.method.name!r} has no text to start from.")
-    for key in ("method.text", "method.length"):
-        if recipe.start is not None and key in source.places:
-            raise AdapterError(f"{source.place(key)}: `start: example` settles {key}; remove one of the two.")
 
 
 def _method(values: Any, source: Source) -> Method:
@@ -131,63 +116,15 @@ def _record(cls: type[R], values: Any, section: str, source: Source) -> R:
 
 def _value(value: Any, hint: Any, rules: Mapping[str, Any], dotted: str, source: Source) -> Any:
     """`value` as the annotated type, within the limits of the field."""
-    if hint in (Training, Evaluation, Method):
+    if hint in (Training, Evaluation, Method, Data | None):
         return value
-    converted = _convert(value, hint)
-    if converted is _REFUSED:
-        raise AdapterError(f"{source.place(dotted)}: {dotted} is {value!r}; it must be {_described(hint)}.")
+    converted = convert(value, hint)
+    if converted is REFUSED:
+        raise AdapterError(f"{source.place(dotted)}: {dotted} is {value!r}; it must be {described(hint)}.")
     if "choices" in rules and converted not in rules["choices"]:
         choices = ["null" if choice is None else choice for choice in rules["choices"]]
         close = nearest(str(value), choices) or "."
         raise AdapterError(f"{source.place(dotted)}: {dotted} is {value!r}{close} Choices: {', '.join(choices)}.")
-    if "least" in rules and converted < rules["least"]:
+    if "least" in rules and converted is not None and converted < rules["least"]:
         raise AdapterError(f"{source.place(dotted)}: {dotted} is {value!r}; it must be at least {rules['least']}.")
     return converted
-
-
-_REFUSED = object()
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        options = (_convert(value, option) for option in get_args(hint))
-        return next((option for option in options if option is not _REFUSED), _REFUSED)
-    if get_origin(hint) is Literal:
-        return value if value in get_args(hint) else _REFUSED
-    if get_origin(hint) is tuple:
-        items = [value] if isinstance(value, str) else value
-        listed = isinstance(items, list) and all(isinstance(item, str) for item in items)
-        return tuple(items) if listed else _REFUSED
-    if get_origin(hint) is Mapping:
-        return _mapping(value, get_args(hint)[1])
-    if hint is float:
-        return _float(value)
-    if hint is type(None):
-        return None if value is None else _REFUSED
-    return value if type(value) is hint else _REFUSED
-
-
-def _mapping(value: Any, hint: Any) -> Any:
-    items = {key: _convert(item, hint) for key, item in value.items()} if isinstance(value, dict) else {"": _REFUSED}
-    return _REFUSED if any(item is _REFUSED for item in items.values()) else items
-
-
-def _float(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3, without a point, as text."""
-    try:
-        return _REFUSED if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError):
-        return _REFUSED
-
-
-def _described(hint: Any) -> str:
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_described(option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) is tuple:
-        return "a list of texts"
-    if get_origin(hint) is Mapping:
-        return f"a mapping from targets to {_described(get_args(hint)[1])}"
-    named = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-    return named.get(hint, str(hint))
