@@ -19,7 +19,7 @@ import torch as _torch  # noqa: F401 - the one heavy import that every use needs
 if TYPE_CHECKING:
     from adapters import methods
     from adapters._attach import Adapter, AttachReport, activate, adapters_of, attach, detach, using
-    from adapters._bridge import peft_config
+    from adapters._bridge import adopt, peft_config
     from adapters._change import Factors, Scaled, Weight
     from adapters._contract import (
         KeyValueMethod,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "_attach": "Adapter AttachReport activate adapters_of attach detach using",
-    "_bridge": "peft_config",
+    "_bridge": "adopt peft_config",
     "_change": "Factors Scaled Weight",
     "_contract": "KeyValueMethod KeyValueSite LayerSite Method Rows StreamMethod StreamSite WeightMethod WeightSite",
     "_errors": "AdapterError DamagedAdapter WrongBase",
@@ -79,6 +79,7 @@ __all__ = [
     "WeightSite",
     "WrongBase",
     "activate",
+    "adopt",
     "adapters_of",
     "attach",
     "detach",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from laws import output, shake
+from laws import output, shake, shake_trained
 from torch import nn
 
 import adapters
@@ -221,3 +221,57 @@ def test_an_adapter_on_the_head_is_refused_where_the_head_is_not_run() -> None:
         model(**inputs, labels=inputs["input_ids"], fused_lm_head=True)
     with adapters.using(model, None):
         assert model(**inputs, labels=inputs["input_ids"], fused_lm_head=True).loss.isfinite()
+
+
+STOCK: dict[str, Any] = {
+    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"]),
+    "rslora": lambda: peft.LoraConfig(r=3, use_rslora=True, target_modules=["v_proj"], rank_pattern={"v_proj": 2}),
+    "dora": lambda: peft.LoraConfig(r=4, use_dora=True, target_modules=["o_proj", "up_proj"]),
+    "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+def stock(kind: str) -> Any:
+    torch.manual_seed(4)
+    wrapped = peft.get_peft_model(tiny.build("llama"), STOCK[kind]())
+    shake_trained(wrapped)
+    return wrapped
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_a_live_model_of_pefts_is_adopted(kind: str) -> None:
+    wrapped = stock(kind)
+    base, inputs = wrapped.get_base_model(), tiny.inputs(tiny.build("llama"))
+    with torch.no_grad():
+        expected = wrapped(**inputs).logits
+    count = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+    model = adapters.adopt(wrapped)
+    assert model is base
+    assert (output(model, inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
+    if kind != "prefix":  # PEFT stores the prefix of a Llama once more for heads that share keys
+        assert sum(tensor.numel() for tensor in tensors_of(model, "default").values()) == count
+    assert all(tensor.requires_grad for tensor in tensors_of(model, "default").values())
+    with adapters.using(model, None):
+        assert torch.equal(output(model, inputs), output(tiny.build("llama").requires_grad_(False), inputs))
+    adapters.detach(model)
+    assert list(model.state_dict()) == list(tiny.build("llama").state_dict())
+
+
+def test_several_adapters_are_adopted_and_what_is_not_known_leaves_all_as_it_was() -> None:
+    wrapped = stock("lora")
+    wrapped.add_adapter("more", peft.LoraConfig(r=2, target_modules=["k_proj"]))
+    wrapped.set_adapter("more")
+    model = adapters.adopt(wrapped)
+    assert list(adapters_of(model)) == ["default", "more"]
+    assert [each.name for each in adapters_of(model).values() if each.trainable] == ["default", "more"]
+    other = peft.get_peft_model(tiny.build("llama"), peft.LoHaConfig(r=2, target_modules=["q_proj"]))
+    before, inputs = other.state_dict(), tiny.inputs(tiny.build("llama"))
+    expected = other(**inputs).logits
+    with pytest.raises(adapters.AdapterError):
+        adapters.adopt(other)
+    assert list(other.state_dict()) == list(before)
+    assert torch.equal(other(**inputs).logits, expected)
+    for wrong in (tiny.build("llama"), model):
+        with pytest.raises(adapters.AdapterError, match="stock PEFT"):
+            adapters.adopt(wrong)

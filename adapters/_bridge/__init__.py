@@ -6,10 +6,11 @@ ancestors, every public member of which is answered in `face`.
 
 from __future__ import annotations
 
+from adapters._bridge.adopting import adopt
 from adapters._bridge.settings import peft_config
 from adapters._late import when_imported
 
-__all__ = ["peft_config"]
+__all__ = ["adopt", "peft_config"]
 
 
 def _connect() -> None:
