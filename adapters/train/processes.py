@@ -15,17 +15,26 @@ from adapters._attach import tensors_of
 from adapters._sharded import is_sharded
 
 
+def without_accelerator() -> bool:
+    """Whether there are only CPUs, which accelerate must be told before it starts to share work among them."""
+    return not torch.accelerator.is_available()
+
+
+def _state() -> PartialState:
+    return PartialState(cpu=without_accelerator())
+
+
 def is_first() -> bool:
-    return bool(PartialState().is_main_process)
+    return bool(_state().is_main_process)
 
 
 def number() -> int:
-    return int(PartialState().num_processes)
+    return int(_state().num_processes)
 
 
 def wait() -> None:
     """Until every process is here."""
-    PartialState().wait_for_everyone()
+    _state().wait_for_everyone()
 
 
 def anywhere(here: bool) -> bool:
@@ -50,7 +59,7 @@ def console_of(console: Console | None) -> Console:
 def device() -> torch.device:
     """Where the base goes before training: where a sharded one goes, accelerate decides."""
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1", "yes")
-    return torch.device("cpu") if sharded else PartialState().device
+    return torch.device("cpu") if sharded else _state().device
 
 
 def sharded(model: nn.Module) -> bool:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, TrainerCallback
 
 from adapters._errors import AdapterError
+from adapters.train import processes
 from adapters.train.recipe import Training
 
 _COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -75,6 +75,7 @@ def settings(training: Training, folder: str) -> dict[str, Any]:
         "save_total_limit": KEPT,
         "report_to": list(training.report_to),
         "disable_tqdm": True,
+        "use_cpu": processes.without_accelerator(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "gradient_checkpointing": training.gradient_checkpointing,
         "bf16": False,  # the base computes in its own dtype; autocast would cast the trained fp32 tensors
@@ -85,13 +86,13 @@ def settings(training: Training, folder: str) -> dict[str, Any]:
 
 def _micro_batches(training: Training) -> int:
     """Forwards of one process in one step."""
-    processes = int(PartialState().num_processes)
-    if training.batch % (training.micro_batch * processes):
+    shared = processes.number()
+    if training.batch % (training.micro_batch * shared):
         raise AdapterError(
             f"training.batch ({training.batch} rows) must be a multiple of training.micro_batch "
-            f"({training.micro_batch} rows) times the number of processes ({processes})."
+            f"({training.micro_batch} rows) times the number of processes ({shared})."
         )
-    return training.batch // (training.micro_batch * processes)
+    return training.batch // (training.micro_batch * shared)
 
 
 def _evaluating(training: Training) -> dict[str, Any]:
