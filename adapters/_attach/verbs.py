@@ -30,7 +30,7 @@ from adapters._contract import (
     WeightSite,
 )
 from adapters._errors import AdapterError, nearest
-from adapters._fourbit import elements, quantized_parameters
+from adapters._fourbit import elements, guard_against_repacking, quantized_parameters
 from adapters._heads import base_model, output_embeddings
 from adapters._quantize import quantize
 from adapters._sites import SiteMap, select
@@ -93,6 +93,7 @@ def attach(
     check_free(model, [*(_owner(site) for site in chosen), *heads])
     notes = list(chosen_method.review(chosen))
     notes += _quantized(model, chosen_method)  # after everything that may be refused
+    guard_against_repacking(model)  # before the forward that a prefix starts from
     chosen_method, tensors, facts = _fresh(model, chosen_method, chosen, tokenizer, example)
     notes += [str(note) for note in facts.values()]
     tensors = {key: tensor.to(_start_dtype(chosen_method, key, dtype)) for key, tensor in tensors.items()}
