@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adapters._attach.container import CHILD
 from adapters._errors import AdapterError, nearest
 from adapters._heads import output_embeddings
@@ -35,7 +37,8 @@ def own_copy(args: Any, model: Any) -> Any:
         name = (
             os.fspath(model) if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", "") or "model"
         )
-        return SFTConfig(f"{Path(name).name}-SFT")
+        # SFTConfig's own default, bf16, is an error on a machine without an accelerator unless that is asked for
+        return SFTConfig(f"{Path(name).name}-SFT", use_cpu=not torch.accelerator.is_available())
     if not isinstance(args, SFTConfig):
         return SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the token
     made = copy.copy(args)
