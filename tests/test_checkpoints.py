@@ -262,6 +262,37 @@ def test_a_plain_loop_resumes(tmp_path: Path) -> None:
     assert not torch.equal(output(again, tiny.inputs(again)), output(tiny.build("llama"), tiny.inputs(again)))
 
 
+def test_without_peft_it_is_the_same(finished: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    code = f"""
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "peft" else find(name, *rest)
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import torch, transformers
+from transformers.utils import is_peft_available
+assert not is_peft_available()
+from test_checkpoints import trainer, values
+torch.set_num_threads({torch.get_num_threads()})
+settings = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, metric_for_best_model="loss")
+run = trainer(Path({str(tmp_path)!r}))
+run.train()
+assert not list(Path({str(tmp_path)!r}).glob("*/model*"))
+torch.save(values(run.model), {str(tmp_path / "whole.pt")!r})
+import shutil; shutil.rmtree({str(tmp_path / "checkpoint-6")!r})
+again = trainer(Path({str(tmp_path)!r}), **settings)
+again.train(resume_from_checkpoint=True)
+best = again.state.best_model_checkpoint
+torch.save(values(again.model), {str(tmp_path / "again.pt")!r})
+assert best.endswith("checkpoint-6"), best
+assert "peft" not in sys.modules
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert same(torch.load(tmp_path / "whole.pt"), finished[1])
+    assert same(torch.load(tmp_path / "again.pt"), finished[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["trainer", "trl", "ours"])
 def test_runs_that_die_at_any_moment_resume_bit_for_bit(kind: str, tmp_path: Path) -> None:
