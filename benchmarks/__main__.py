@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import attaching, importing, inference, merging, storing, training
+from benchmarks import attaching, importing, inference, merging, storing, trainers, training
 from benchmarks.measure import Row, measure_row
 from benchmarks.result import COLUMNS, LIMIT, Line, facts, markdown
 from benchmarks.twins import Setting
 
 ROWS: list[Row] = [
     *training.ROWS,
+    *trainers.ROWS,
     *inference.ROWS,
     *attaching.ROWS,
     *storing.ROWS,

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from benchmarks import attaching, inference, measure, merging, storing, training
+from benchmarks import attaching, inference, measure, merging, storing, trainers, training
 from benchmarks.measure import Pair, Row, Side, measure_row
 from benchmarks.result import COLUMNS, LIMIT, Line, facts, markdown
 from benchmarks.twins import Setting
@@ -30,6 +30,7 @@ def row(rows: list[Row], name: str) -> Row:
     [
         (training.ROWS, "LoRA r16, fp32", ["CPU ms", "saved MiB"]),
         (training.ROWS, "prefix", ["CPU ms", "saved MiB"]),
+        (trainers.ROWS, "SFT step, LoRA r16, fp32", ["CPU ms"]),
         (inference.ROWS, "forward, LoRA r16, fp32", ["CPU ms"]),
         (attaching.ROWS, "attach", ["CPU ms"]),
         (storing.ROWS, "load, raw", ["CPU ms"]),
