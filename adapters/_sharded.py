@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+from adapters._errors import AdapterError
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -22,6 +25,20 @@ def put(tensor: Tensor, value: Tensor) -> None:
         there: Any = tensor
         value = distribute_tensor(value.to(tensor.device, tensor.dtype), there.device_mesh, there.placements)
     tensor.copy_(value)
+
+
+def require_gatherable(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses tensors of which a process holds a part only and that cannot be put together here.
+
+    Raises:
+        AdapterError: DeepSpeed ZeRO-3 has partitioned them.
+    """
+    for key, tensor in tensors.items():
+        if hasattr(tensor, "ds_id") and tensor.numel() != getattr(tensor, "ds_numel", tensor.numel()):
+            raise AdapterError(
+                f"DeepSpeed ZeRO-3 has partitioned {key}: use FSDP2 or ZeRO-2, which leave adapters whole or gather "
+                "them, or save inside deepspeed.zero.GatheredParameters."
+            )
 
 
 def is_sharded(tensor: Tensor) -> bool:

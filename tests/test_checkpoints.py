@@ -196,6 +196,36 @@ def test_models_without_adapters_are_trained_as_ever(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-2" / "checkpoint.json").exists()
 
 
+def test_a_card_may_be_edited_and_a_partitioned_adapter_is_refused(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoint-6" / "README.md").write_text("# mine")
+    assert newest_checkpoint(run) == str(run / "checkpoint-6")
+    model = trainer(tmp_path).model
+    first = next(iter(tensors_of(model, "fr").values()))
+    first.ds_id, first.ds_numel = 0, 2 * first.numel()  # as DeepSpeed marks what it has partitioned
+    with pytest.raises(adapters.AdapterError, match="ZeRO-3 has partitioned"):
+        adapters.save(model, "fr", tmp_path / "out")
+
+
+def test_a_model_that_is_made_anew_is_saved_and_resumed_too(tmp_path: Path) -> None:
+    def init() -> Any:
+        torch.manual_seed(5)
+        model = tiny.build("llama")
+        adapters.attach(model, "lora", name="fr", rank=4)
+        return model
+
+    def made(**more: Any) -> Any:
+        arguments = trainer(tmp_path, names=()).args
+        return transformers.Trainer(args=arguments, model_init=init, train_dataset=rows(), **more)
+
+    whole = made()
+    whole.train()
+    assert not list(tmp_path.glob("*/model.safetensors"))
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    again = made()
+    again.train(resume_from_checkpoint=True)
+    assert same(values(again.model), values(whole.model))
+
+
 def test_accelerates_states_hold_the_adapter_only(tmp_path: Path) -> None:
     from accelerate import Accelerator
 

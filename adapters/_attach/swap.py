@@ -48,7 +48,7 @@ LAYER = "layer"  # overwrites virtual tokens
 HOLD = "hold"  # holds tensors that others use
 READ = "read:"  # followed by a parameter's name
 
-save_attached: Callable[[nn.Module, str], None] | None = None  # set by the store, which is imported after this
+save_attached: Callable[[nn.Module, str, bool], None] | None = None  # set by the store, which is imported after this
 # faces that others provide, by name: which modules have them (ENTER or PREPARE), and how to make, of such a module's
 # class, the class that has the face as well
 further_faces: dict[str, tuple[str, Callable[[type[nn.Module]], type[nn.Module]]]] = {}
@@ -222,8 +222,7 @@ def _root_generate(inner: Callable[..., Any]) -> Callable[..., Any]:
 def _save_pretrained(self: nn.Module, save_directory: str, *args: Any, **kwargs: Any) -> None:
     """Writes the attached adapters only; `adapters.detach` first, or `adapters.merge`, to save the whole model."""
     assert save_attached is not None, "adapters._store is imported together with every public function"
-    if kwargs.get("is_main_process", True):
-        save_attached(self, str(save_directory))
+    save_attached(self, str(save_directory), bool(kwargs.get("is_main_process", True)))
 
 
 def _trains_on_a_quantised_base(self: nn.Module) -> bool:

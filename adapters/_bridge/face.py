@@ -138,11 +138,10 @@ class PeftFace:
         """Writes adapters only: `default`, or the first, into the folder, the others into folders in it."""
         if not safe_serialization:
             raise AdapterError("adapters are saved as safetensors only: leave safe_serialization=True.")
-        if not kwargs.get("is_main_process", True):
-            return
+        write = bool(kwargs.get("is_main_process", True))
         if selected_adapters is None:
-            save_attached(_module(self), save_directory)
-        for name in selected_adapters or ():
+            save_attached(_module(self), save_directory, write)
+        for name in selected_adapters or () if write else ():
             folder = save_directory if name == "default" else os.path.join(save_directory, name)
             save(_module(self), name, folder)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adapters._attach import Adapter, adapters_of, state_of, tensors_of
 from adapters._errors import AdapterError, DamagedAdapter, nearest
 from adapters._interop.peft_write import PeftFiles, express, marker
-from adapters._sharded import is_first_process, is_sharded, whole
+from adapters._sharded import is_first_process, is_sharded, require_gatherable, whole
 from adapters._store import commit
 from adapters._store.bundle import CARD, CONFIG, OWNED, RECORD, WEIGHTS, Bundle, method_record, require_finite
 from adapters._store.card import card, ours
@@ -50,6 +50,7 @@ def save(
         AdapterError: no such adapter, a tensor that is not finite, or a folder that cannot be written.
     """
     adapter = _find(model, name)
+    require_gatherable(tensors_of(model, name))
     tensors, notes = _cast(tensors_of(model, name), dtype)
     try:
         require_finite(tensors, f"{name!r} was not saved")

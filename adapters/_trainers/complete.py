@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adapters._errors import AdapterError
+from adapters._store.bundle import CARD
 from adapters._whole import write_whole
 
 SEAL = "checkpoint.json"
@@ -23,8 +24,8 @@ NEEDED = {
 
 
 def seal(folder: str | os.PathLike[str]) -> None:
-    """Says of a checkpoint that it is whole, once every file in it is on the disk."""
-    sizes = dict(_sizes(Path(folder)))
+    """Says of a checkpoint that it is whole, once every file in it is on the disk; its card may be edited later."""
+    sizes = {name: size for name, size in _sizes(Path(folder)) if Path(name).name != CARD}
     for name in sizes:
         with open(os.path.join(folder, name), "rb") as file:
             os.fsync(file.fileno())

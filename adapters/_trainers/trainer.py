@@ -38,10 +38,12 @@ def attached_within(model: Any) -> nn.Module | None:
 def _training(train: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(train)
     def with_adapters(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if attached_within(self.model) is None and self.model_init is None:
+        attached = attached_within(self.model) is not None
+        if not attached and self.model_init is None:
             return train(self, resume_from_checkpoint, *args, **kwargs)
-        with _own_steps(self):
-            return train(self, _checkpoint(self, resume_from_checkpoint), *args, **kwargs)
+        with _own_steps(self):  # what `model_init` makes may have adapters
+            resumed = _checkpoint(self, resume_from_checkpoint) if attached else resume_from_checkpoint
+            return train(self, resumed, *args, **kwargs)
 
     return with_adapters
 
@@ -70,18 +72,23 @@ def _own_steps(trainer: Any) -> Iterator[None]:
         "save_model": _gathering(trainer, trainer.save_model),
         "_run_epoch": _running(trainer, trainer._run_epoch),
     }
+    before = {name: trainer.__dict__[name] for name in own if name in trainer.__dict__}
     trainer.__dict__.update(own)
     try:
         yield
     finally:
         for name in own:
             trainer.__dict__.pop(name, None)
+        trainer.__dict__.update(before)
 
 
 def _saving(trainer: Any, inner: Callable[..., None]) -> Callable[..., None]:
     def save_checkpoint(model: Any, trial: Any = None, *args: Any, **kwargs: Any) -> None:
         from transformers.trainer_utils import rotate_checkpoints
 
+        if attached_within(trainer.model) is None:
+            inner(model, trial, *args, **kwargs)
+            return
         run = trainer._get_output_dir(trial=trial)
         folder, writes = os.path.join(run, f"checkpoint-{trainer.state.global_step}"), trainer.args.should_save
         if writes:
@@ -127,7 +134,7 @@ def _running(trainer: Any, inner: Callable[..., None]) -> Callable[..., None]:
     """Resumed from the checkpoint of its last step, a Trainer would take one more before it asks whether to stop."""
 
     def run_epoch(*args: Any, **kwargs: Any) -> None:
-        if trainer.state.global_step >= trainer.state.max_steps:
+        if attached_within(trainer.model) is not None and trainer.state.global_step >= trainer.state.max_steps:
             trainer.control.should_training_stop = True
         else:
             inner(*args, **kwargs)
