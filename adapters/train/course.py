@@ -124,12 +124,7 @@ def run(
     if processes.anywhere(not found.passed):
         failures = "; ".join(check.what for check in found.failures) or "see the first process"
         raise AdapterError(f"the preflight failed and nothing was trained: {failures}.")
-    watchdog = Watchdog(name="default")
-    learned = Learned(trainer) if hasattr(trainer, "learned") else None
-    patience = Patience(recipe.training.patience) if recipe.training.patience is not None else None
-    for callback in (watchdog, learned, patience):
-        if callback is not None:
-            trainer.add_callback(callback)
+    followers = _followers(recipe, trainer)
     _keep(recipe, trainer, kept, checkpoint, facts)
     start = start_of(trainer.model, "default")
     began = time.perf_counter()
@@ -139,15 +134,30 @@ def run(
         finally:
             stop_showing(trainer)
     trainer.model.eval()
-    return Course(
-        lesson.trained(trainer, learned.tokens if learned is not None else 0),
-        time.perf_counter() - began,
-        found,
-        tuple(map(str, watchdog.findings)),
-        trainer.state.log_history,
-        start,
-        _counts(trainer),
-    )
+    learned = next((each.tokens for each in followers if isinstance(each, Learned)), 0)
+    trained, seconds = lesson.trained(trainer, learned), time.perf_counter() - began
+    return Course(trained, seconds, found, _found(followers), trainer.state.log_history, start, _counts(trainer))
+
+
+def _followers(recipe: Recipe, trainer: Any) -> list[Any]:
+    """Adds to the trainer what follows its steps."""
+    made: list[Any] = []
+    if not trainer.is_fsdp_enabled:  # its sums are over whole tensors
+        made.append(Watchdog(name="default"))
+    if hasattr(trainer, "learned"):
+        made.append(Learned(trainer))
+    if recipe.training.patience is not None:
+        made.append(Patience(recipe.training.patience))
+    for each in made:
+        trainer.add_callback(each)
+    return made
+
+
+def _found(followers: Sequence[Any]) -> tuple[str, ...]:
+    watchdog = next((each for each in followers if isinstance(each, Watchdog)), None)
+    if watchdog is None:
+        return ("the run was not watched: the adapter's tensors were divided among processes",)
+    return tuple(map(str, watchdog.findings))
 
 
 def _every(recipe: Recipe, steps: int) -> int | None:

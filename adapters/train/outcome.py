@@ -138,6 +138,7 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
         f"wall time   {outcome.seconds:.0f} s, of which training {outcome.training_seconds:.0f} s",
         f"peak memory {peak}",
         f"picture     {outcome.picture}",
+        *(f"watchdog    {finding}" for finding in outcome.findings),
     ]
     console.print(Text("\n".join(lines)), soft_wrap=True)
 
