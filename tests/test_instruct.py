@@ -166,9 +166,9 @@ def test_epochs_and_arguments_reach_the_trainer(place: Path, tmp_path: Path) -> 
     assert type(trainer).__name__ == "InstructionTrainer"
     assert (trainer.args.adam_beta1, trainer.args.logging_steps, trainer.packing.kind) == (0.7, 2, "padded")
     state = torch.random.get_rng_state()
-    batches, steps = course.first_batches(trainer)
+    ahead = course.ahead_of(trainer)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert steps == 9  # 24 rows, 4 in a step, one and a half times
+    assert ahead.steps == 9  # 24 rows, 4 in a step, one and a half times
     seen: list[dict[str, torch.Tensor]] = []
     inner = trainer.training_step
 
@@ -179,8 +179,8 @@ def test_epochs_and_arguments_reach_the_trainer(place: Path, tmp_path: Path) -> 
     trainer.training_step = step
     trainer.train()
     assert trainer.state.global_step == 9
-    assert len(batches) == 2  # what the preflight tries is what training sees first
-    for first, later in zip(batches, seen[:2], strict=True):
+    assert len(ahead.batches) == 2  # what the preflight tries is what training sees first
+    for first, later in zip(ahead.batches, seen[:2], strict=True):
         assert all(torch.equal(first[key], later[key]) for key in first)
 
 

@@ -16,10 +16,13 @@ import torch
 from deaths import die, watch_files
 from rich.console import Console
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import adapters
 from adapters._errors import AdapterError
+from adapters.cli import app
 from adapters.train import newest_checkpoint, read_recipe
+from adapters.train.remembered import Learned
 from adapters.train.run import train
 from adapters.train.unfinished import RECORD
 
@@ -207,3 +210,30 @@ def test_patience_ends_a_run_and_outlives_its_death(place: Path, tmp_path: Path)
     again, said = learned(output)
     assert said["held_out_losses"] == facts["held_out_losses"]
     assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
+def test_an_interrupt_says_from_where_to_go_on(
+    place: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = Learned.on_step_end
+
+    def interrupted(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+        inner(self, args, state, control, **more)
+
+    monkeypatch.setattr(Learned, "on_step_end", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"no adapter was written.* Go on from step 4 with --resume\."):
+        run(place, tmp_path / "out")
+    monkeypatch.undo()
+    recipe = ["train", str(place / "recipe.yaml"), "--output", str(tmp_path / "out"), "--json"]
+    refused = CliRunner().invoke(app, recipe)
+    assert refused.exit_code == 1
+    assert "--restart" in refused.stderr
+    done = CliRunner().invoke(app, [*recipe, "--resume"])
+    assert done.exit_code == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["resumed_from"] == 4
+    assert outcome["trained"]["learned"] == whole[1]["learned_tokens"]
+    tensors, _ = learned(tmp_path / "out")
+    assert all(torch.equal(tensors[key], whole[0][key]) for key in tensors)

@@ -43,24 +43,31 @@ class Course:
     counts: Counts
 
 
-def try_out(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, console: Console) -> Preflight:
+@dataclass(frozen=True)
+class Ahead:
+    """What a trainer has before it: the first micro-batches of its first step here, and the steps of the whole run."""
+
+    batches: list[Any]
+    steps: int
+
+
+def try_out(recipe: Recipe, trainer: Any, ahead: Ahead, tokenizer: Any, output: Path, console: Console) -> Preflight:
     """The preflight of a trainer on the rows that it will see first and with its loss, printed.
 
     Under several processes the first one looks, at a model that is not divided among them yet.
     """
-    batches, steps = first_batches(trainer)
     found = Preflight(())
     if processes.is_first():
         training = recipe.training
-        makes = _every(recipe, steps) is not None
+        makes = _every(recipe, ahead.steps) is not None
         with console.status("preflight: trying the first rows"):
             found = preflight(
                 trainer.model,
-                batches,
+                ahead.batches,
                 tokenizer=tokenizer,
                 learning_rate=training.learning_rate,
                 warmup_steps=training.warmup,
-                total_steps=steps,
+                total_steps=ahead.steps,
                 schedule=training.schedule,
                 output=output,
                 checkpoints=KEPT + 1 if makes else 0,  # an old one goes when the new one is written
@@ -71,8 +78,8 @@ def try_out(recipe: Recipe, trainer: Any, tokenizer: Any, output: Path, console:
     return found
 
 
-def first_batches(trainer: Any) -> tuple[list[Any], int]:
-    """The first micro-batches of the first step in this process, and the steps of the whole run; draws no number."""
+def ahead_of(trainer: Any) -> Ahead:
+    """Reads the first rows as training will, and draws no random number."""
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=devices):
         loader = trainer.get_train_dataloader()
@@ -80,7 +87,7 @@ def first_batches(trainer: Any) -> tuple[list[Any], int]:
         # accelerate's loader would take part in its count of steps
         base = getattr(loader, "base_dataloader", loader)
         most = min(TRIED, trainer.args.gradient_accumulation_steps)
-        return list(islice(iter(base), most)), steps
+        return Ahead(list(islice(iter(base), most)), steps)
 
 
 def _loss_of(trainer: Any) -> Any:
@@ -120,12 +127,13 @@ def run(
     facts = {"rows": unfinished.digest(trainer.train_dataset), "processes": processes.number()}
     if checkpoint is not None:
         unfinished.require_same(kept, facts)
-    found = try_out(recipe, trainer, tokenizer, output, console)
+    ahead = ahead_of(trainer)
+    found = try_out(recipe, trainer, ahead, tokenizer, output, console)
     if processes.anywhere(not found.passed):
         failures = "; ".join(check.what for check in found.failures) or "see the first process"
         raise AdapterError(f"the preflight failed and nothing was trained: {failures}.")
     followers = _followers(recipe, trainer)
-    _keep(recipe, trainer, kept, checkpoint, facts)
+    _keep(recipe, trainer, ahead.steps, kept, checkpoint, facts)
     start = start_of(trainer.model, "default")
     began = time.perf_counter()
     with _logged(console):
@@ -168,11 +176,12 @@ def _every(recipe: Recipe, steps: int) -> int | None:
     return training.save_steps if 0 < training.save_steps < steps else None
 
 
-def _keep(recipe: Recipe, trainer: Any, folder: Path, checkpoint: str | None, facts: Mapping[str, Any]) -> None:
+def _keep(
+    recipe: Recipe, trainer: Any, steps: int, folder: Path, checkpoint: str | None, facts: Mapping[str, Any]
+) -> None:
     """Has the trainer write its checkpoints into `folder`, which says what they were made with."""
     from transformers.trainer_utils import SaveStrategy
 
-    _, steps = first_batches(trainer)
     every = _every(recipe, steps)
     if every is None:
         if processes.is_first():

@@ -18,7 +18,7 @@ from rich.console import Console
 import adapters
 from adapters._trainers import newest_checkpoint
 from adapters.train import processes, unfinished
-from adapters.train.course import Course, run, try_out
+from adapters.train.course import Course, ahead_of, run, try_out
 from adapters.train.lesson import Lesson
 from adapters.train.machine import peak_memory
 from adapters.train.outcome import Outcome, Scores, compare, print_examples, print_outcome, print_scores
@@ -50,12 +50,14 @@ class WholeRun:
         return self.folder / unfinished.FOLDER
 
     def interrupted(self) -> str:
+        """What there is, and what to do about it."""
         newest = newest_checkpoint(self.checkpoints)
         if newest is not None:
             return f"interrupted: {self.state}. Go on from step {unfinished.step_of(newest)} with --resume."
         return f"interrupted: {self.state}. Run the command again, or shorter with --set training.steps=20."
 
     def to_the_end(self, resume: bool, restart: bool) -> Outcome | None:
+        """Everything, from the base to the comparison with a fresh one."""
         recipe, console = self.recipe, self.console
         checkpoint, says = unfinished.begin(self.checkpoints, recipe, resume, restart)
         if says:
@@ -73,17 +75,28 @@ class WholeRun:
             del model
             if not processes.is_first():
                 return None
-            equal, difference = _compare_fresh(lesson, expected, self.folder, rows, console)
+            fresh = _compare_fresh(lesson, expected, self.folder, rows, console)
         if not recipe.training.keep_checkpoints:
             unfinished.remove(self.checkpoints)
-        size = sum(file.stat().st_size for file in self.folder.glob("adapter_model*"))
+        return self._outcome(report.method, scores, course, fresh, picture, checkpoint)
+
+    def _outcome(
+        self,
+        method: str,
+        scores: Scores,
+        course: Course,
+        fresh: tuple[bool, float],
+        picture: Path | None,
+        checkpoint: str | None,
+    ) -> Outcome:
+        """What the run came to, printed."""
         outcome = Outcome(
-            method=report.method,
+            method=method,
             scores=scores,
             folder=str(self.folder),
-            adapter_bytes=size,
-            equal_answers=equal,
-            largest_logit_difference=difference,
+            adapter_bytes=sum(file.stat().st_size for file in self.folder.glob("adapter_model*")),
+            equal_answers=fresh[0],
+            largest_logit_difference=fresh[1],
             trained=course.trained,
             training_seconds=course.seconds,
             seconds=time.perf_counter() - self.started,
@@ -93,7 +106,7 @@ class WholeRun:
             warnings=tuple(check.what for check in course.preflight.warnings),
             findings=course.findings,
         )
-        print_outcome(console, outcome)
+        print_outcome(self.console, outcome)
         return outcome
 
     def _trained(self, lesson: Lesson, model: Any, tokenizer: Any, checkpoint: str | None) -> Course:
@@ -130,7 +143,7 @@ def examine_only(recipe: Recipe, output: Path, given: Console | None) -> Preflig
         model, tokenizer = load(lesson, console)
         attach(recipe, lesson, model, tokenizer, console)
         with _trainer(recipe, lesson, model, tokenizer, output) as trainer:
-            return try_out(recipe, trainer, tokenizer, output, console)
+            return try_out(recipe, trainer, ahead_of(trainer), tokenizer, output, console)
 
 
 def scored(recipe: Recipe, lesson: Lesson, model: Any, tokenizer: Any, console: Console) -> Scores:
