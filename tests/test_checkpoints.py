@@ -324,15 +324,15 @@ assert "peft" not in sys.modules
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["trainer", "trl", "ours"])
-def test_runs_that_die_at_any_moment_resume_bit_for_bit(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "deaths"), [("trainer", 20), ("trl", 20), ("ours", 8)])
+def test_runs_that_die_at_any_moment_resume_bit_for_bit(kind: str, deaths: int, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     script = Path(__file__).with_name("deaths.py")
     run = subprocess.run(
-        [sys.executable, str(script), kind, str(tmp_path), "20"], capture_output=True, text=True, check=False
+        [sys.executable, str(script), kind, str(tmp_path), str(deaths)], capture_output=True, text=True, check=False
     )
     lines = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(lines) == 20, run.stderr[-3000:]
+    assert len(lines) == deaths, run.stderr[-3000:]
     assert all(line["status"] == -9 for line in lines)
     assert all(line["again"] == 0 and line["equal"] for line in lines), lines
     assert len({line["from"] for line in lines}) >= 3  # from nothing, and from several checkpoints
