@@ -1,4 +1,4 @@
-"""What every run of a recipe begins with: quiet libraries, the rows, the base, and the adapter on it."""
+"""What every run of a recipe begins with: the rows, the base, and the adapter on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import adapters
 from adapters._attach import AttachReport
 from adapters._contract import Method
 from adapters._errors import AdapterError
-from adapters._hub.quiet import quiet
 from adapters.train import processes
 from adapters.train.calls import FunctionCalls
 from adapters.train.headlines import Sarcasm
@@ -32,13 +31,10 @@ LESSONS: dict[str, Callable[[Recipe, Console], Lesson]] = {
 }
 
 
-@contextmanager
-def prepared() -> Iterator[None]:
-    """Quiet libraries, all cores, and a clear sentence where the packages for training are missing."""
+def prepare_process() -> None:
+    """All cores, and tokenizers that may be forked."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process forks, as dataloaders do
     use_all_cores()
-    with quiet():
-        yield
 
 
 def load(lesson: Lesson, console: Console) -> tuple[Any, Any]:

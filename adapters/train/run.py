@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from adapters._errors import AdapterError
+from adapters._hub.quiet import quiet
 from adapters.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -85,9 +86,10 @@ def _folder(recipe: Recipe, output: str | Path | None) -> Path:
 
 @contextmanager
 def _packages() -> Iterator[None]:
-    """A clear sentence where the packages for training are missing."""
+    """Their notices on import are not printed, and where one is missing a clear sentence says so."""
     try:
-        yield
+        with quiet():
+            yield
     except ModuleNotFoundError as error:
         raise AdapterError(
             f'training needs the package {error.name}: run `pip install "adapter-registry[all]"` and try again.'

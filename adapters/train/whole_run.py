@@ -24,7 +24,7 @@ from adapters.train.machine import peak_memory
 from adapters.train.outcome import Outcome, Scores, compare, print_examples, print_outcome, print_scores
 from adapters.train.pictures import draw
 from adapters.train.preflight import Preflight
-from adapters.train.preparing import LESSONS, attach, counting, load, make_trainer, prepared
+from adapters.train.preparing import LESSONS, attach, counting, load, make_trainer, prepare_process
 from adapters.train.recipe import Recipe
 
 Outputs = tuple[list[str], torch.Tensor]
@@ -62,20 +62,20 @@ class WholeRun:
         checkpoint, says = unfinished.begin(self.checkpoints, recipe, resume, restart)
         if says:
             console.print(says, highlight=False, markup=False, soft_wrap=True)
-        with prepared():
-            lesson = LESSONS[recipe.task](recipe, console)
-            model, tokenizer = load(lesson, console)
-            report = attach(recipe, lesson, model, tokenizer, console)
-            course = self._trained(lesson, model, tokenizer, checkpoint)
-            scores = scored(recipe, lesson, model, tokenizer, console)
-            facts = _facts(recipe, lesson, scores, course, checkpoint)
-            picture = self._saved(model, course, facts)
-            rows = range(min(recipe.evaluation.examples, lesson.rows()))
-            expected = _outputs(lesson, model, tokenizer, rows)
-            del model
-            if not processes.is_first():
-                return None
-            fresh = _compare_fresh(lesson, expected, self.folder, rows, console)
+        prepare_process()
+        lesson = LESSONS[recipe.task](recipe, console)
+        model, tokenizer = load(lesson, console)
+        report = attach(recipe, lesson, model, tokenizer, console)
+        course = self._trained(lesson, model, tokenizer, checkpoint)
+        scores = scored(recipe, lesson, model, tokenizer, console)
+        facts = _facts(recipe, lesson, scores, course, checkpoint)
+        picture = self._saved(model, course, facts)
+        rows = range(min(recipe.evaluation.examples, lesson.rows()))
+        expected = _outputs(lesson, model, tokenizer, rows)
+        del model
+        if not processes.is_first():
+            return None
+        fresh = _compare_fresh(lesson, expected, self.folder, rows, console)
         if not recipe.training.keep_checkpoints:
             unfinished.remove(self.checkpoints)
         return self._outcome(report.method, scores, course, fresh, picture, checkpoint)
@@ -128,22 +128,22 @@ class WholeRun:
 def score_saved(recipe: Recipe, adapter: str | Path, given: Console | None) -> Scores:
     """Scores a saved adapter, and its base, on the recipe's held-out rows."""
     console = processes.console_of(given)
-    with prepared():
-        lesson = LESSONS[recipe.task](recipe, console)
-        model, tokenizer = load(lesson, console)
-        adapters.load(model, adapter, name="default")
-        return scored(recipe, lesson, model, tokenizer, console)
+    prepare_process()
+    lesson = LESSONS[recipe.task](recipe, console)
+    model, tokenizer = load(lesson, console)
+    adapters.load(model, adapter, name="default")
+    return scored(recipe, lesson, model, tokenizer, console)
 
 
 def examine_only(recipe: Recipe, output: Path, given: Console | None) -> Preflight:
     """Everything up to the first step."""
     console = processes.console_of(given)
-    with prepared():
-        lesson = LESSONS[recipe.task](recipe, console)
-        model, tokenizer = load(lesson, console)
-        attach(recipe, lesson, model, tokenizer, console)
-        with _trainer(recipe, lesson, model, tokenizer, output) as trainer:
-            return try_out(recipe, trainer, ahead_of(trainer), tokenizer, output, console)
+    prepare_process()
+    lesson = LESSONS[recipe.task](recipe, console)
+    model, tokenizer = load(lesson, console)
+    attach(recipe, lesson, model, tokenizer, console)
+    with _trainer(recipe, lesson, model, tokenizer, output) as trainer:
+        return try_out(recipe, trainer, ahead_of(trainer), tokenizer, output, console)
 
 
 def scored(recipe: Recipe, lesson: Lesson, model: Any, tokenizer: Any, console: Console) -> Scores:
