@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import BertModel, LlamaForCausalLM, LlamaForSequenceClassification  # noqa: F401
 
 from tests.matrix.isolate import Done, isolated
+from tests.trainers.bases import prepare
 from tests.trainers.cases import FACTORS, Case, product
 from tests.trainers.covering import covering
 from tests.trainers.results import CHECKS, Row, append, read, write
@@ -44,6 +45,7 @@ def main(
         raise typer.Exit(1) from error
     results.parent.mkdir(parents=True, exist_ok=True)
     write(results, rows)
+    prepare()
     known = {row.case for row in rows}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -60,9 +62,17 @@ def _seeded(make: Any) -> nn.Module:
     return model.eval()
 
 
+def prepare() -> None:
+    """Writes the bases that are read from folders, once for all processes that are forked afterwards."""
+    for name in ("llama", "bert"):
+        _folder(name)
+
+
 @functools.cache
 def _scratch() -> Path:
-    return Path(tempfile.mkdtemp(prefix="trainers-"))
+    folder = tempfile.mkdtemp(prefix="trainers-")
+    atexit.register(shutil.rmtree, folder)
+    return Path(folder)
 
 
 def _folder(name: str) -> Path:

@@ -76,7 +76,7 @@ def _plain(case: Case, model: Any, place: Path, start: Ready) -> Run:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     folder = place / "adapter"
     if isinstance(model, PeftFace):
         adapters.save(model, NAME, folder)
@@ -99,7 +99,7 @@ def _accelerate(case: Case, model: Any, place: Path, start: Ready) -> Run:
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
     accelerator.save_state(str(place / "state"))
     return Run(accelerator.unwrap_model(model), losses, [], place / "state", place / "state" / "adapters")
 
