@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import adapters
 from adapters import AdapterError
 from adapters.data import prepare
-from adapters.train import InstructionTrainer, SFTTrainer
+from adapters.train import InstructionTrainer, SFTTrainer, Watchdog, try_out
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -523,3 +523,57 @@ def test_checkpointing_changes_nothing(tmp_path: Path) -> None:
         trainer.train()
         found.append(losses(trainer))
     assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_a_run_is_tried_out_before_its_first_step_and_watched(tmp_path: Path) -> None:
+    trainer = SFTTrainer(
+        llama(), arguments(tmp_path, max_steps=2), train_dataset=ROWS, processing_class=tokens(), adapter="lora"
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    plain = SFTTrainer(
+        llama(),
+        arguments(tmp_path, max_steps=2),
+        train_dataset=ROWS,
+        processing_class=tokens(),
+        preflight=False,
+        adapter="lora",
+    )
+    assert all(torch.equal(before[name], p) for name, p in plain.model.named_parameters())
+    trainer.train()
+    plain.train()
+    assert trainer.tried.passed
+    assert plain.tried is None
+    # what was tried left no trace: not in the random numbers, not in the counts
+    assert losses(trainer) == losses(plain)
+    assert trainer.learned == plain.learned
+    assert any(isinstance(each, Watchdog) for each in trainer.callback_handler.callbacks)
+    assert not any(isinstance(each, Watchdog) for each in plain.callback_handler.callbacks)
+
+
+def test_a_run_that_cannot_work_is_stopped_before_it_starts(tmp_path: Path) -> None:
+    trainer = SFTTrainer(
+        llama(),
+        arguments(tmp_path, max_steps=2, learning_rate=0.0),
+        train_dataset=ROWS,
+        processing_class=tokens(),
+        adapter="lora",
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(AdapterError, match=r"the preflight failed and nothing was trained: .*learning rate"):
+        trainer.train()
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+    assert trainer.state.global_step == 0
+
+
+def test_any_trainer_can_be_tried_out(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = llama()
+    adapters.attach(model, "lora", rank=2)
+    settings = {"use_cpu": True, "report_to": [], "max_steps": 3}
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}, {"input_ids": [9, 3, 4, 5], "labels": [9, 3, 4, 5]}]
+    found = try_out(Trainer(model, TrainingArguments(str(tmp_path), **settings), train_dataset=rows))
+    assert found.passed
+    assert any("get a gradient" in check.what for check in found.checks)
+    late = TrainingArguments(str(tmp_path), warmup_steps=9, **settings)
+    assert any("warm-up" in check.what for check in try_out(Trainer(model, late, train_dataset=rows)).failures)

@@ -11,22 +11,27 @@ from typing import TYPE_CHECKING, Any
 from adapters._trainers import newest_checkpoint
 
 if TYPE_CHECKING:
+    from adapters.train.ahead import try_out
     from adapters.train.instruction import InstructionTrainer
     from adapters.train.packing import Packing, probe_packing
     from adapters.train.reading import read_recipe
-    from adapters.train.recipe import Evaluation, Recipe, Training
+    from adapters.train.recipe import Data, Evaluation, Recipe, Training
     from adapters.train.sft import SFTTrainer
+    from adapters.train.watchdog import Watchdog
 
 _WHERE = {
+    "ahead": "try_out",
     "instruction": "InstructionTrainer",
     "packing": "Packing probe_packing",
     "reading": "read_recipe",
-    "recipe": "Evaluation Recipe Training",
+    "recipe": "Data Evaluation Recipe Training",
     "sft": "SFTTrainer",
+    "watchdog": "Watchdog",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
 
 __all__ = [
+    "Data",
     "Evaluation",
     "InstructionTrainer",
     "newest_checkpoint",
@@ -36,6 +41,8 @@ __all__ = [
     "Recipe",
     "SFTTrainer",
     "Training",
+    "try_out",
+    "Watchdog",
 ]
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.logging import RichHandler
 from torch import Tensor
 
 from adapters._errors import AdapterError
 from adapters.train import processes, unfinished
+from adapters.train.ahead import Ahead, ahead_of, loss_of
 from adapters.train.lesson import Lesson, Trained
 from adapters.train.pictures import Counts, token_counts
 from adapters.train.preflight import Preflight, preflight
@@ -26,8 +24,6 @@ from adapters.train.remembered import Learned, Patience
 from adapters.train.steps import KEPT, stop_showing
 from adapters.train.watchdog import LOG, Watchdog
 from adapters.train.weight_change import start_of
-
-TRIED = 2  # micro-batches of the first step that the preflight runs
 
 
 @dataclass(frozen=True)
@@ -41,14 +37,6 @@ class Course:
     history: Sequence[Mapping[str, Any]]
     start: Mapping[str, Tensor]
     counts: Counts
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """What a trainer has before it: the first micro-batches of its first step here, and the steps of the whole run."""
-
-    batches: list[Any]
-    steps: int
 
 
 def try_out(recipe: Recipe, trainer: Any, ahead: Ahead, tokenizer: Any, output: Path, console: Console) -> Preflight:
@@ -72,37 +60,10 @@ def try_out(recipe: Recipe, trainer: Any, ahead: Ahead, tokenizer: Any, output: 
                 output=output,
                 checkpoints=KEPT + 1 if makes else 0,  # an old one goes when the new one is written
                 name="default",
-                loss=_loss_of(trainer),
+                loss=loss_of(trainer),
             )
         console.print(str(found), highlight=False, markup=False, soft_wrap=True)
     return found
-
-
-def ahead_of(trainer: Any) -> Ahead:
-    """Reads the first rows as training will, and draws no random number."""
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices=devices):
-        loader = trainer.get_train_dataloader()
-        steps = int(trainer.set_initial_training_values(trainer.args, loader)[-1])
-        # accelerate's loader would take part in its count of steps
-        base = getattr(loader, "base_dataloader", loader)
-        most = min(TRIED, trainer.args.gradient_accumulation_steps)
-        return Ahead(list(islice(iter(base), most)), steps)
-
-
-def _loss_of(trainer: Any) -> Any:
-    """The trainer's loss, computed by a copy of it whose counts nobody reads."""
-    bystander = copy.copy(trainer)
-    for name in ("_sums", "_metrics"):
-        if hasattr(trainer, name):
-            setattr(bystander, name, copy.deepcopy(getattr(trainer, name)))
-
-    def loss(model: Any, batch: Mapping[str, Any]) -> Tensor:
-        with trainer.compute_loss_context_manager():
-            value: Tensor = bystander.compute_loss(model, dict(batch))
-        return value
-
-    return loss
 
 
 def run(

@@ -84,6 +84,7 @@ class Instruction:
             eval_dataset=self.own.held_out if training.eval_steps is not None else None,
             processing_class=tokenizer,
             layout=training.layout,
+            preflight=False,  # the recipe's own comes before
             **self.how,
         )
         show_steps(trainer, self.console)

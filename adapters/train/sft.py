@@ -13,12 +13,15 @@ from rich.console import Console
 
 from adapters._attach import AttachReport
 from adapters._store import LoadReport
+from adapters._trainers.trainer import attached_within
 from adapters.data import DataReport
 from adapters.train import adopt, options
+from adapters.train.ahead import started
 from adapters.train.batches import PaddedRows
 from adapters.train.layout import choose_packing, make_collator, obstacle
 from adapters.train.loss import Scored, score, takes_columns
 from adapters.train.packing import Packing, mask_dtype
+from adapters.train.preflight import Preflight
 from adapters.train.recipe import Training
 from adapters.train.rows import Preparation
 from adapters.train.steps import settings, show_steps
@@ -52,10 +55,13 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         layout: "packed" puts the rows of a micro-batch one after the other, "padded" below each other; "auto" does
             what costs less where the model keeps documents apart, and pads where it does not. The loss is the same.
 
+        preflight: tries the run out when `train` is called, and watches it; see `try_out` and `Watchdog`.
+
     Attributes:
         attached: the report on the adapter, or None where it was on the model.
         data: the report on the training rows; `eval_data` holds those on the evaluation sets, by name.
         packing: how rows may share a forward, and why.
+        tried: the preflight, once `train` was called.
         learned: labelled tokens that training went through, in this process.
 
     Raises:
@@ -64,6 +70,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
 
     attached: AttachReport | LoadReport | None
     packing: Packing
+    tried: Preflight | None = None
     learned: int = 0
     data_collator: Any
     train_dataset: Any
@@ -86,10 +93,12 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         tools: Sequence[Any] | None = None,
         too_long: str = "drop",
         layout: str = "auto",
+        preflight: bool = True,
         **trl_arguments: Any,
     ) -> None:
         asked, want = options.own_copy(args, model), adopt.wanted(adapter)
         options.check(asked, learn, layout)
+        self._tries = preflight
         config, formatting = (trl_arguments.pop(key, None) for key in ("quantization_config", "formatting_func"))
         model, processing = adopt.opened(model, processing_class, want, asked, config)
         adopt.check_adapter(model, want, trl_arguments.get("peft_config"))
@@ -132,6 +141,16 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         if self._left_to_trl is None:
             self.model_accepts_loss_kwargs = True  # a step's tokens are counted whatever the forward accepts
         self._tokens, self._sums = 0, {"train": Tally(), "eval": Tally()}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it, after a preflight that nothing failed in.
+
+        Raises:
+            AdapterError: the preflight failed and nothing was trained, or the watchdog stopped the run.
+        """
+        if self._tries and attached_within(self.model) is not None:
+            self.tried = started(self)
+        return super().train(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -228,7 +247,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
 def make_trainer(model: Any, tokenizer: Any, rows: Any, training: Training, folder: str, console: Console) -> Any:
     """A trainer over rows of `input_ids` and `labels` (a `datasets.Dataset`), with a bar over its steps."""
     arguments = trl.SFTConfig(**settings(training, folder), max_length=None)
-    given = {"train_dataset": rows, "processing_class": tokenizer, "layout": "padded"}
+    # a recipe has a preflight of its own
+    given = {"train_dataset": rows, "processing_class": tokenizer, "layout": "padded", "preflight": False}
     trainer = SFTTrainer(model, arguments, **given)
     show_steps(trainer, console)
     return trainer

@@ -18,7 +18,8 @@ from rich.console import Console
 import adapters
 from adapters._trainers import newest_checkpoint
 from adapters.train import processes, unfinished
-from adapters.train.course import Course, ahead_of, run, try_out
+from adapters.train.ahead import ahead_of
+from adapters.train.course import Course, run, try_out
 from adapters.train.lesson import Lesson
 from adapters.train.machine import peak_memory
 from adapters.train.outcome import Outcome, Scores, compare, print_examples, print_outcome, print_scores
