@@ -64,6 +64,7 @@ def _seeded(make: Any) -> nn.Module:
 
 def prepare() -> None:
     """Writes the bases that are read from folders, once for all processes that are forked afterwards."""
+    hf.utils.logging.disable_progress_bar()
     for name in ("llama", "bert"):
         _folder(name)
 

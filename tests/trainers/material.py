@@ -15,6 +15,7 @@ from transformers import DataCollatorWithFlattening, PreTrainedTokenizerFast
 IGNORED = -100
 LIKED = range(20, 36)  # the tokens that preferences are for; a tenth of the vocabulary
 ROWS = 8
+END = 2  # the tokenizer's end of text: without it generation would not stop, and trainers may refuse the rows
 
 
 def tokenizer() -> Any:
@@ -27,11 +28,11 @@ def tokenizer() -> Any:
 
 
 def documents() -> list[dict[str, list[int]]]:
-    """Rows of unequal lengths: a first token, and then two that take turns. The first three tokens are not learned."""
+    """Rows of unequal lengths: a first token, two that take turns, and the end. The first three are not learned."""
     made = []
     for i in range(ROWS):
         first, one, other = 10 + i, 40 + 7 * i, 100 + 3 * i
-        ids = [first, *([one, other] * 6)[: 6 + i % 5]]
+        ids = [first, *([one, other] * 6)[: 6 + i % 5], END]
         made.append({"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]})
     return made
 
