@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.trainers.material import documents
@@ -15,9 +16,8 @@ class Watch:
     """Counts, from `start` on, how often layers run with gradients, and how often inside a backward pass."""
 
     def __init__(self) -> None:
-        self.forwards, self.recomputed, self.layers = 0, 0, 0
-        self.flags: set[bool] = set()
-        self.first: dict[str, torch.Tensor] | None = None
+        self.forget()
+        self.layers = 0
         self.held = 0  # elements of all modules that the trainer holds, each tensor once
 
     def start(self, model: Any, holder: Any) -> None:
@@ -28,7 +28,15 @@ class Watch:
             inner = next(layer.children())  # runs inside what is checkpointed; the layer itself is what is called
             inner.register_forward_pre_hook(lambda module, args, layer=layer: self._seen(layer))
         model.register_forward_pre_hook(self._given, with_kwargs=True)
+        if hasattr(holder, "add_callback"):
+            holder.add_callback(_AtBegin(self))
         self._holder, self._model = holder, model
+
+    def forget(self) -> None:
+        """Counts anew."""
+        self.forwards, self.recomputed = 0, 0
+        self.flags: set[bool] = set()
+        self.first: dict[str, torch.Tensor] | None = None
 
     def count(self) -> None:
         """Counts what the trainer holds, at the end: some make a reference late."""
@@ -55,6 +63,16 @@ class Watch:
         starts = [*(positions[0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
         known = {tuple(row["input_ids"]): row for row in documents()}
         return [known[tuple(ids[0, one:other].tolist())] for one, other in pairwise(starts)]
+
+
+class _AtBegin(TrainerCallback):
+    """What a trainer tries before it trains, such as a preflight, is not counted."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.watch.forget()
 
 
 def elements(parameter: Any) -> int:
