@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from adapters._quantize import QuantizeReport, quantize
     from adapters._sites import SiteMap, explain, sites
     from adapters._store import AdapterInfo, LoadReport, SaveReport, inspect, load, restore, save, swap
+    from adapters._tokens import TokensReport, add_tokens
 
 _WHERE = {
     "_attach": "Adapter AttachReport activate adapters_of attach detach using",
@@ -50,6 +51,7 @@ _WHERE = {
     "_quantize": "QuantizeReport quantize",
     "_sites": "SiteMap explain sites",
     "_store": "AdapterInfo LoadReport SaveReport inspect load restore save swap",
+    "_tokens": "TokensReport add_tokens",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
 
@@ -74,11 +76,13 @@ __all__ = [
     "SiteMap",
     "StreamMethod",
     "StreamSite",
+    "TokensReport",
     "Weight",
     "WeightMethod",
     "WeightSite",
     "WrongBase",
     "activate",
+    "add_tokens",
     "adopt",
     "adapters_of",
     "attach",

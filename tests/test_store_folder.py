@@ -191,7 +191,7 @@ FORGERIES: list[tuple[str, Callable[[dict[str, Any], dict[str, Tensor]], object]
     ("infinity", lambda f, t: t[first(t)].view(-1)[-1:].fill_(float("inf")), "not finite"),
     ("shape", lambda f, t: t.update({first(t): torch.ones(3, 3)}), "another shape or type"),
     ("dtype", lambda f, t: t.update({first(t): t[first(t)].half()}), "another shape or type"),
-    ("format", lambda f, t: f.update(format=3), "format '3'; this version reads formats up to 2"),
+    ("format", lambda f, t: f.update(format=4), "format '4'; this version reads formats up to 3"),
     ("map", lambda f, t: f["map"]["weights"][0].pop("role"), "does not know"),
     ("no format", lambda f, t: f.pop("format"), "format"),
     ("extra field", lambda f, t: f.update(run="x"), "canonical"),
@@ -337,16 +337,24 @@ def test_sites_survive_their_record(name: str) -> None:
         assert site_of(json.loads(json.dumps(site_record(site)))) == site
 
 
-def test_a_folder_of_the_first_format_which_had_no_map_is_read(folder: Path) -> None:
+def test_folders_of_the_earlier_formats_are_read(folder: Path) -> None:
     whole = json.loads((folder / RECORD).read_text())
-    assert whole["format"] == 2
+    assert whole["format"] == 3
     models = []
-    for change in (lambda f, t: None, lambda f, t: (f.update(format=1), f.pop("map"))):
+    oldest, older = ("map", "tokens"), ("tokens",)  # what the first and the second format had not
+    for number, without in ((3, ()), (2, older), (1, oldest)):
+
+        def change(f: dict[str, Any], t: dict[str, Tensor], number: int = number, without: Any = without) -> None:
+            f.update(format=number)
+            for field in without:
+                f.pop(field, None)
+
         forge(folder, change)
         models.append(tiny.build("llama"))
         adapters.load(models[-1], folder, name="fr")
         adapters.activate(models[-1], "fr")
     assert torch.equal(logits(models[1]), logits(models[0]))
+    assert torch.equal(logits(models[2]), logits(models[0]))
     assert not torch.equal(logits(models[1]), logits(tiny.build("llama")))
     forge(folder, lambda f, t: f.update(map=whole["map"]))  # which that format did not have
     refused(folder, "canonical")

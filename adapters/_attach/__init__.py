@@ -4,17 +4,20 @@ from adapters._attach import (
     positions,  # prepares position ids before forwards with a prefix
     products,  # the shortcuts of factored weights
 )
-from adapters._attach.entries import bare_copy
+from adapters._attach.heads import bare_copy
 from adapters._attach.install import base_parameters, install, remove, replace, set_trainable, tensors_of
 from adapters._attach.labels import labels_of, set_labels
 from adapters._attach.report import AttachReport
 from adapters._attach.state import Adapter, adapters_of, state_of, unwrapped
+from adapters._attach.tables import owners, require_rows, table_of, table_paths
+from adapters._attach.tokens import Tokens
 from adapters._attach.verbs import activate, attach, detach, make_method, using
 from adapters._attach.weights import base_weight
 
 __all__ = [
     "Adapter",
     "AttachReport",
+    "Tokens",
     "activate",
     "adapters_of",
     "attach",
@@ -24,6 +27,10 @@ __all__ = [
     "detach",
     "install",
     "labels_of",
+    "owners",
+    "require_rows",
+    "table_of",
+    "table_paths",
     "make_method",
     "positions",
     "products",

@@ -13,6 +13,7 @@ from torch.nn.modules import module as module_hooks
 
 from adapters._attach.factored import Factored
 from adapters._attach.lowrank import add_lowrank
+from adapters._attach.revised import Revised, Stored
 from adapters._attach.scaled import ScaledWeight
 from adapters._attach.state import take_tap
 from adapters._attach.weights import BaseWeight
@@ -126,7 +127,7 @@ class ReadWeight(Entry):
     def __init__(self, method: WeightMethod, site: WeightSite, tensors: Mapping[str, Tensor], w: BaseWeight) -> None:
         super().__init__(method, site, tensors, w=w)
 
-    def forward(self, stored: Readable | Factored | ScaledWeight) -> Readable | Factored | ScaledWeight:
+    def forward(self, stored: Stored) -> Stored:
         method, p, w = cast(WeightMethod, self.method), self.tensors(), self.w
         if isinstance(stored, Tensor | Packed):
             low = method.factors(p)
@@ -135,7 +136,10 @@ class ReadWeight(Entry):
             scaled, inputs = method.scaled(w, p), method.inputs(p)
             if (scaled is not None or inputs is not None) and not w.folded:
                 return self._scaled(stored, scaled, inputs)
-        dense = stored.dense("a second adapter") if isinstance(stored, Factored | ScaledWeight) else as_dense(stored)
+        if isinstance(stored, Factored | ScaledWeight | Revised):
+            dense = stored.dense("a second adapter")
+        else:
+            dense = as_dense(stored)
         return w.as_stored(method.changed(w.seen(dense), p)).to(dense.dtype)
 
     def _factored(self, stored: Readable, low: Factors) -> Factored:

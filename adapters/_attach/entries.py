@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -18,12 +17,13 @@ from adapters._attach.container import (
     KeyValue,
     LayerStates,
     ReadWeight,
-    Replica,
     ScaledInput,
     Stream,
 )
+from adapters._attach.heads import replica_of
 from adapters._attach.inside import WRITTEN
-from adapters._attach.state import FACES, STATE, Adapter, State
+from adapters._attach.revised import NewRows, rows_key
+from adapters._attach.state import Adapter, State
 from adapters._attach.swap import (
     CALL,
     HOLD,
@@ -35,8 +35,9 @@ from adapters._attach.swap import (
     TOKENS,
     add_faces,
     base_class,
-    strip,
 )
+from adapters._attach.tables import check_rows, owners, table_of
+from adapters._attach.tokens import ROWS
 from adapters._attach.virtual import entry_of_layers
 from adapters._attach.weights import base_weight, by_site
 from adapters._contract import (
@@ -65,7 +66,7 @@ class Made:
 
 def make_entries(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> list[Made]:
     """All entries of an adapter, made and checked while the model is still untouched."""
-    held = by_site(tensors)
+    held = by_site({key: tensor for key, tensor in tensors.items() if not key.endswith(f":{ROWS}")})
     made: list[Made] = []
     for site in adapter.sites:
         given = held.pop(site.path, None)
@@ -74,10 +75,28 @@ def make_entries(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tenso
         made += _at_site(model, adapter, site, given)
     layers = tuple(site for site in adapter.sites if isinstance(site, LayerSite))
     made += [Made(entry_of_layers(model, layers), adapter.slot, None, TOKENS)] if layers else []
-    made += [Made(path, adapter.slot, _replica(model, path, held.pop(path, {})), CALL) for path in adapter.head]
+    made += [Made(path, adapter.slot, replica_of(model, path, held.pop(path, {})), CALL) for path in adapter.head]
+    made += _rows(model, adapter, {key: tensor for key, tensor in tensors.items() if key.endswith(f":{ROWS}")})
     if held:
         raise AdapterError(f"adapter {adapter.name!r} has tensors for {next(iter(held))}, which is none of its sites.")
     _check_places(model, adapter, made)
+    return made
+
+
+def _rows(model: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -> list[Made]:
+    """The rows of an adapter's tokens, one entry a table, at every module that holds it."""
+    tokens = adapter.tokens
+    known = {tokens.key(table) for table in tokens.tables} if tokens is not None else set()
+    if not given.keys() <= known:
+        raise AdapterError(f"adapter {adapter.name!r} has {min(given.keys() - known)}, which is none of its tables.")
+    if tokens is None:
+        return []
+    check_rows(model, tokens, given, adapter.head)
+    made = []
+    for table in tokens.tables:
+        device = cast(Tensor, table_of(model, table)).device
+        entry = NewRows(tokens.ids, given[tokens.key(table)].to(device))
+        made += [Made(owner, rows_key(adapter.slot, name), entry, READ + name) for owner, name in owners(model, table)]
     return made
 
 
@@ -172,34 +191,6 @@ def _face(path: str, site: WeightSite, entry: nn.Module) -> str:
     return SCALED if isinstance(entry, ScaledInput) else CALL
 
 
-def _replica(model: nn.Module, path: str, given: Mapping[str, Tensor]) -> Replica:
-    """A copy of a head with the adapter's tensors; linear layers may have another number of outputs than the base's."""
-    replica = Replica(bare_copy(submodule(model, path)))
-    own = dict(replica.named_parameters())
-    if set(own) != set(given):
-        raise AdapterError(f"the head {path} has parameters {sorted(own)}, the adapter has {sorted(given)}.")
-    for key, parameter in own.items():
-        owner = replica.get_submodule(key.rpartition(".")[0])
-        outputs = type(owner) is nn.Linear and parameter.shape[1:] == given[key].shape[1:]
-        if parameter.shape != given[key].shape and not outputs:
-            raise AdapterError(f"the head {path} is {tuple(parameter.shape)} here and {tuple(given[key].shape)} there.")
-        if outputs:
-            owner.out_features = given[key].shape[0]  # type: ignore[assignment]
-        parameter.data = given[key].detach().to(parameter.device).clone()
-    return replica
-
-
-def bare_copy(module: nn.Module) -> nn.Module:
-    """A deep copy of a base module without what is attached to it."""
-    memo: dict[int, Any] = {id(each): None for each in module.modules() if isinstance(each, Container)}
-    memo |= {id(each.__dict__[STATE]): None for each in module.modules() if STATE in each.__dict__}
-    made = copy.deepcopy(module, memo)
-    for each in made.modules():
-        if FACES in each.__dict__:
-            strip(each)
-    return made
-
-
 def place(model: nn.Module, state: State, made: list[Made], trainable: bool) -> None:
     """Makes the changes. Nothing in here can be refused."""
     for change in made:
@@ -235,6 +226,10 @@ def adapter_tensors(model: nn.Module, adapter: Adapter) -> dict[str, nn.Paramete
     for path in adapter.head:
         replica = submodule(model, path)._modules[CHILD]._modules[adapter.slot]  # type: ignore[union-attr]
         found.update({f"{path}:{key}": p for key, p in cast(nn.Module, replica).named_parameters()})
+    for table in adapter.tokens.tables if adapter.tokens is not None else ():
+        owner, _, name = table.rpartition(".")
+        entry = submodule(model, owner)._modules[CHILD]._modules[rows_key(adapter.slot, name)]  # type: ignore[union-attr,assignment]
+        found[f"{table}:{ROWS}"] = cast(NewRows, entry).rows
     return found
 
 

@@ -17,6 +17,7 @@ from adapters._attach.inputs import input_embeddings
 from adapters._attach.labels import show_labels
 from adapters._attach.state import ENTER, FACES, STATE, Adapter, State, state_of, unwrapped
 from adapters._attach.swap import CHECKPOINT, INPUT, PREPARE, add_faces, strip
+from adapters._attach.tokens import Tokens
 from adapters._contract import KeyValueMethod, Method, Site
 from adapters._errors import AdapterError
 from adapters._fourbit import guard_against_repacking
@@ -37,9 +38,10 @@ def install(
     activate: bool = True,
     facts: Mapping[str, object] | None = None,
     labels: Mapping[str, str] | None = None,
+    tokens: Tokens | None = None,
     map: SiteMap | None = None,
 ) -> Adapter:
-    """Adds an adapter whose tensors exist already, keyed `f"{site.path}:{tensor}"` and `f"{head}:head.{parameter}"`.
+    """Adds an adapter whose tensors exist already, keyed as `tensors_of` gives them.
 
     Raises:
         AdapterError: the name is taken, a site does not exist in this model, or tensors are missing or superfluous.
@@ -50,7 +52,7 @@ def install(
     state = found if found is not None else State(required_grad=_flags(model))
     guard_against_repacking(model)
     slot, labels = state.new_slot(), labels if head else None
-    adapter = Adapter(name, slot, method, tuple(sites), tuple(head), trainable, dict(facts or {}), labels)
+    adapter = Adapter(name, slot, method, tuple(sites), tuple(head), trainable, dict(facts or {}), labels, tokens)
     made = make_entries(model, adapter, tensors)
     try:
         if found is None:
@@ -92,12 +94,13 @@ def replace(
     head: Iterable[str] = (),
     facts: Mapping[str, object] | None = None,
     labels: Mapping[str, str] | None = None,
+    tokens: Tokens | None = None,
 ) -> Adapter:
     """Exchanges an attached adapter in one step. A forward under way goes on with the version that it began with."""
     state, old = _attached(model, name)
     model = unwrapped(model)
     slot, labels = state.new_slot(), labels if head else None
-    new = Adapter(name, slot, method, tuple(sites), tuple(head), old.trainable, dict(facts or {}), labels)
+    new = Adapter(name, slot, method, tuple(sites), tuple(head), old.trainable, dict(facts or {}), labels, tokens)
     made = make_entries(model, new, tensors)
     try:
         place(model, state, made, old.trainable)
@@ -150,7 +153,7 @@ def set_trainable(model: nn.Module, name: str, trainable: bool) -> Adapter:
 
 
 def tensors_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """An adapter's tensors, keyed `f"{site.path}:{tensor}"`, and its heads' as `f"{module}:head.{parameter}"`."""
+    """An adapter's tensors by `f"{site.path}:{tensor}"`, `f"{head}:head.{parameter}"` and `f"{table}:tokens.rows"`."""
     return adapter_tensors(unwrapped(model), _attached(model, name)[1])
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from math import prod
 
+from adapters._attach.tokens import Tokens
 from adapters._contract import Method, Site, WeightSite
 from adapters._sites import SiteMap, can_act
 
@@ -18,12 +19,13 @@ class AttachReport:
     name: str
     method: str
     sites: dict[str, int]  # by role
-    parameters: int  # trainable, head included
+    parameters: int  # trainable, head and rows of tokens included
     base_parameters: int
     share: float | None  # None: the method does not act on weights
     head: tuple[str, ...] = ()
     left: dict[str, int] = field(default_factory=dict)  # reason -> how many sites, weights or layers
     notes: tuple[str, ...] = ()
+    tokens: Tokens | None = None
 
     def __str__(self) -> str:
         roles = ", ".join(f"{count} {role}" for role, count in self.sites.items())
@@ -36,6 +38,7 @@ class AttachReport:
         if self.share is not None:
             lines.append(f"  adapts {100 * self.share:.1f} % of the weights that multiply activations")
         lines += [f"  trains the head {path} and saves it with the adapter" for path in self.head]
+        lines += [f"  trains {self.tokens} and saves them with the adapter"] if self.tokens is not None else []
         lines += [f"  not adapted: {count} ({reason})" for reason, count in self.left.items()]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 

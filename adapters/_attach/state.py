@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from adapters._attach.tokens import Tokens
 from adapters._contract import Method, Site
 from adapters._sites import SiteMap
 
@@ -37,6 +38,7 @@ class Adapter:
     trainable: bool = False
     facts: Mapping[str, object] = field(default_factory=dict)
     labels: Mapping[str, str] | None = None  # of its head
+    tokens: Tokens | None = None  # whose rows it trains
 
 
 Selection: TypeAlias = tuple[Adapter, ...]

@@ -18,6 +18,7 @@ from adapters._attach.chain import without_container
 from adapters._attach.container import CHILD, Container, ScaledInput
 from adapters._attach.inputs import input_call, is_cut_off
 from adapters._attach.inside import WRITTEN, written_call
+from adapters._attach.revised import rows_key
 from adapters._attach.state import (
     ENTER,
     FACES,
@@ -232,13 +233,17 @@ def _trains_on_a_quantised_base(self: nn.Module) -> bool:
 
 def _reader(parameter: str) -> Callable[[nn.Module], Any]:
     def read(self: nn.Module) -> Any:
-        stored: Any = stored_or_packed(self._parameters[parameter])
+        raw = stored_or_packed(self._parameters[parameter])
+        stored: Any = raw
         held, state = self._modules.get(CHILD), self.__dict__.get(STATE)
         if held is not None and state is not None:
             for adapter in selection(state):
                 entry = held._modules.get(f"{adapter.slot}-{parameter}")
                 if entry is not None:
                     stored = entry(stored)
+                rows = held._modules.get(rows_key(adapter.slot, parameter))
+                if rows is not None:
+                    stored = rows(stored, raw)
         return stored
 
     return read

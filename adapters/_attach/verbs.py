@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from adapters import _registry
-from adapters._attach.entries import bare_copy, check_free
+from adapters._attach.entries import check_free
+from adapters._attach.heads import bare_copy, chosen_heads
 from adapters._attach.install import base_parameters, check_attachable, install, remove
 from adapters._attach.labels import labels_of, show_labels
 from adapters._attach.report import AttachReport, describe, in_short
 from adapters._attach.start import prefix_start
 from adapters._attach.state import State, adapters_of, choosing, state_of, unwrapped
 from adapters._attach.swap import base_class
+from adapters._attach.tables import Wanted, check_heads, chosen_tokens, first_rows, owners
+from adapters._attach.tokens import Tokens
 from adapters._attach.weights import base_weight, bias_notes
 from adapters._contract import (
     KeyValueMethod,
@@ -31,7 +34,6 @@ from adapters._contract import (
 )
 from adapters._errors import AdapterError, nearest
 from adapters._fourbit import elements, guard_against_repacking, quantized_parameters
-from adapters._heads import base_model, output_embeddings
 from adapters._quantize import quantize
 from adapters._sites import SiteMap, select
 from adapters._sites import sites as trace
@@ -46,6 +48,7 @@ def attach(
     name: str = "default",
     targets: Targets | None = None,
     head: bool | Iterable[str] | None = None,
+    tokens: Wanted | None = None,
     tokenizer: Any = None,
     example: Mapping[str, Any] | None = None,
     sites: SiteMap | None = None,
@@ -62,7 +65,9 @@ def attach(
             ("*.q_proj"), "all", or a predicate over sites. An entry that matches nothing is an error.
         head: modules to train whole and save with the adapter; True or None finds the task head, False trains none.
             The output embeddings of language models are not task heads.
-        tokenizer: needed by a prefix that starts from text.
+        tokens: tokens whose rows in the input and output embeddings are trained and saved with the adapter, such as the
+            markers of a chat: texts that the tokenizer has (`adapters.add_tokens` adds them), or numbers.
+        tokenizer: needed by tokens given as texts, and by a prefix that starts from text.
         example: keyword arguments of one forward, where the probe cannot make them.
         sites: the model's map, from `adapters.sites(model)` or `SiteMap.load`; without it the model is traced once, and
             not again while anything is attached or if an adapter that was loaded brought the map along.
@@ -89,8 +94,8 @@ def attach(
     check_attachable(model, name)
     found = _map(model, sites, example)
     chosen = select(found, chosen_method, targets)
-    heads = _heads(model, head)
-    check_free(model, [*(_owner(site) for site in chosen), *heads])
+    heads, rows = chosen_heads(model, head), chosen_tokens(model, tokens, tokenizer)
+    check_free(model, [*(_owner(site) for site in chosen), *heads, *_tables(model, rows, heads)])
     notes = list(chosen_method.review(chosen))
     notes += _quantized(model, chosen_method)  # after everything that may be refused
     guard_against_repacking(model)  # before the forward that a prefix starts from
@@ -101,11 +106,12 @@ def attach(
     for path in heads:
         parameters = bare_copy(model.get_submodule(path)).named_parameters()
         tensors.update({f"{path}:head.{key}": p.detach().to(dtype).clone() for key, p in parameters})
-    kept: dict[str, Any] = {"facts": facts, "labels": labels_of(model), "map": found}
+    tensors.update(first_rows(model, rows) if rows is not None else {})
+    kept: dict[str, Any] = {"facts": facts, "labels": labels_of(model), "map": found, "tokens": rows}
     install(model, name, chosen_method, chosen, tensors, head=heads, trainable=True, **kept)
     roles, share, left = describe(found, chosen, chosen_method)
     size, base = sum(t.numel() for t in tensors.values()), sum(map(elements, base_parameters(model).values()))
-    return AttachReport(name, in_short(chosen_method), roles, size, base, share, heads, left, tuple(notes))
+    return AttachReport(name, in_short(chosen_method), roles, size, base, share, heads, left, tuple(notes), rows)
 
 
 def _map(model: nn.Module, given: SiteMap | None, example: Mapping[str, Any] | None) -> SiteMap:
@@ -236,25 +242,9 @@ def _owner(site: Site) -> str:
     return site.owner if isinstance(site, WeightSite) else site.path
 
 
-def _heads(model: nn.Module, head: bool | Iterable[str] | None) -> tuple[str, ...]:
-    """The modules that are trained whole: those named, or the task head, which lies outside the base model."""
-    if head is False:
-        return ()
-    if head is not None and head is not True:
-        named = (head,) if isinstance(head, str) else tuple(head)
-        known = [path for path, module in model.named_modules() if path and any(True for _ in module.parameters())]
-        for path in named:
-            if path not in known:
-                raise AdapterError(f"this model has no module {path!r} with parameters{nearest(path, known)}")
-        return named
-    base = base_model(model)
-    outside = [
-        path
-        for path, child in model.named_children()
-        if base is not None and child is not base and any(True for _ in child.parameters())
-    ]
-    if output_embeddings(model) is not None or not outside:
-        if head is True:
-            raise AdapterError("head=True, but this model has no task head outside its base model: name the modules.")
-        return ()
-    return tuple(outside)
+def _tables(model: nn.Module, tokens: Tokens | None, heads: tuple[str, ...]) -> list[str]:
+    """The modules that hold the rows of tokens."""
+    if tokens is None:
+        return []
+    check_heads(model, tokens, heads)
+    return [owner for table in tokens.tables for owner, _ in owners(model, table)]

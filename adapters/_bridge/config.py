@@ -36,6 +36,7 @@ class AdaptersConfig(PeftConfig):  # type: ignore[misc]
     method: Any = None
     targets: Any = None
     head: Any = None
+    tokens: Any = None
     dtype: Any = torch.float32
     tokenizer: Any = field(default=None, repr=False)
     example: Any = field(default=None, repr=False)
@@ -77,5 +78,9 @@ _LIVE = ("tokenizer", "example", "sites", "source", "dtype", "method")
 def config_of(adapter: Adapter) -> AdaptersConfig:
     """The configuration of an attached adapter."""
     return AdaptersConfig(
-        method=adapter.method, head=adapter.head, source=adapter, inference_mode=not adapter.trainable
+        method=adapter.method,
+        head=adapter.head,
+        tokens=list(adapter.tokens.ids) if adapter.tokens is not None else None,
+        source=adapter,
+        inference_mode=not adapter.trainable,
     )

@@ -21,6 +21,7 @@ def attach_by(model: nn.Module, config: Any, name: str) -> None:
         name=name,
         targets=own.targets,
         head=own.head,
+        tokens=own.tokens,
         tokenizer=own.tokenizer,
         example=own.example,
         sites=own.sites,
@@ -32,10 +33,11 @@ def add(model: nn.Module, name: str, config: Any) -> None:
     """Adds an adapter that neither acts nor trains."""
     own, state = _own(config), state_of(model)
     assert state is not None, "only an attached model can be asked to add an adapter"
-    if own.source is not None:
-        tensors = {key: tensor.detach().clone() for key, tensor in tensors_of(model, own.source.name).items()}
-        kept: dict[str, Any] = {"head": own.source.head, "facts": own.source.facts, "labels": own.source.labels}
-        install(model, name, own.source.method, own.source.sites, tensors, activate=False, **kept)
+    source = own.source
+    if source is not None:
+        tensors = {key: tensor.detach().clone() for key, tensor in tensors_of(model, source.name).items()}
+        kept: dict[str, Any] = {key: getattr(source, key) for key in ("head", "facts", "labels", "tokens")}
+        install(model, name, source.method, source.sites, tensors, activate=False, **kept)
         return
     active = [adapter.name for adapter in state.active]
     attach_by(model, config, name)

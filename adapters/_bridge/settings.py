@@ -18,6 +18,7 @@ def peft_config(
     *,
     targets: str | Iterable[str] | None = None,
     head: bool | Iterable[str] | None = None,
+    tokens: str | Iterable[str | int] | None = None,
     tokenizer: Any = None,
     example: Mapping[str, Any] | None = None,
     sites: SiteMap | None = None,
@@ -28,7 +29,7 @@ def peft_config(
 
     Args:
         method: a name from `adapters.methods.names()` with its hyperparameters, or a method.
-        targets, head, tokenizer, example, sites, dtype: as for `adapters.attach`.
+        targets, head, tokens, tokenizer, example, sites, dtype: as for `adapters.attach`.
         hyperparameters: fields of the method.
 
     Raises:
@@ -48,5 +49,6 @@ def peft_config(
 
     named = (targets,) if isinstance(targets, str) else None if targets is None else tuple(targets)
     heads = head if head is None or isinstance(head, bool) else tuple([head] if isinstance(head, str) else head)
+    marked = [tokens] if isinstance(tokens, str) else None if tokens is None else list(tokens)
     live = {"tokenizer": tokenizer, "example": example, "sites": sites}
-    return AdaptersConfig(method=chosen, targets=named, head=heads, dtype=dtype, **live)
+    return AdaptersConfig(method=chosen, targets=named, head=heads, tokens=marked, dtype=dtype, **live)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from adapters._attach import Adapter, base_parameters, base_weight, tensors_of
+from adapters._attach import Adapter, Tokens, base_parameters, base_weight, table_of, tensors_of
 from adapters._attach.weights import BaseWeight, by_site
 from adapters._contract import Tensors, WeightMethod, WeightSite
 from adapters._errors import AdapterError
@@ -46,7 +47,23 @@ def merged_parameters(model: nn.Module, adapter: Adapter) -> Merged:
         found.new[site.path] = w.as_stored(stored).contiguous()
         if site.access == "call":
             found.new.update(_merged_bias(adapter, method, site, w, p))
+    for table in adapter.tokens.tables if adapter.tokens is not None else ():
+        _merge_rows(model, adapter, table, found)
     return found
+
+
+def _merge_rows(model: nn.Module, adapter: Adapter, path: str, found: Merged) -> None:
+    """The table with the trained rows; where the method changes it as well, both changes are added."""
+    table, tokens = cast(Tensor, table_of(model, path)), cast(Tokens, adapter.tokens)
+    rows = tensors_of(model, adapter.name)[tokens.key(path)].float()
+    ids = torch.tensor(tokens.ids, device=table.device)
+    merged = found.new.get(path)
+    exact = rows if merged is None else merged[ids].float() + rows - table[ids].float()
+    stored = exact.to(table.dtype)
+    _require_finite(adapter, path, stored)
+    found.new[path] = (table if merged is None else merged).index_copy(0, ids, stored)
+    rounding = 0.0 if stored is exact else relative(stored, exact)
+    found.predicted[path] = max(rounding, found.predicted.get(path, 0.0))
 
 
 def _merged_bias(

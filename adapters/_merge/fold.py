@@ -48,7 +48,7 @@ def merge(
     quantised = dict(quantized_modules(model))
     stacks = [path for path, _, _ in quantized_stacks(model)]
     check_requantize(requantize, {*quantised, *stacks})
-    before = adapted(model, adapter, dict(example) if example is not None else probe_inputs(model))
+    before = adapted(model, adapter, dict(example) if example is not None else probe_inputs(model, adapter))
     merged = merged_parameters(model, adapter)
     check_untied(model, {bias: (bias,) for bias in merged.new.keys() - merged.predicted.keys()})
     dtype, computed = next(iter(merged.new.values())).dtype, _computed_in(quantised)
@@ -71,7 +71,7 @@ def merge(
     settle_stacks(model)
     if adapter.labels:
         set_labels(model, adapter.labels)  # the head that they belong to is the model's own now
-    notes: list[str] = []
+    notes = [f"wrote {adapter.tokens}"] if adapter.tokens is not None else []
     if requantize is not None:
         quantize(model, requantize, only={*quantised, *stacks}, compute_dtype=computed)
         error = apart(model_outputs(model, before.inputs), before.output)

@@ -44,9 +44,15 @@ def adapted(model: nn.Module, adapter: Adapter, inputs: Mapping[str, Any]) -> Ad
     return Adapted(inputs, output, at_sites, outputs, effect)
 
 
-def probe_inputs(model: nn.Module) -> dict[str, Any]:
-    """A tiny batch for any Hugging Face model, the one that finds sites."""
-    return dict(example_inputs(model))
+def probe_inputs(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    """A tiny batch for any Hugging Face model, the one that finds sites, ending on the tokens whose rows train."""
+    found = dict(example_inputs(model))
+    ids = found.get("input_ids")
+    if adapter.tokens is not None and isinstance(ids, Tensor):
+        shown = torch.tensor(adapter.tokens.ids[: ids.numel() // 2], dtype=ids.dtype, device=ids.device)
+        kept = ids.flatten()[: ids.numel() - shown.numel()]
+        found["input_ids"] = torch.cat([kept, shown]).view(ids.shape)
+    return found
 
 
 def model_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adapters._attach import Tokens
 from adapters._contract import Method, Site
 from adapters._errors import AdapterError, DamagedAdapter
 from adapters._finite import finite
@@ -20,7 +21,7 @@ OWNED = (WEIGHTS, CONFIG, RECORD, CARD)
 
 @dataclass(frozen=True)
 class Bundle:
-    """One adapter: its method, sites, trained heads and tensors, keyed `{site.path}:{tensor}`, `{head}:head.{name}`."""
+    """One adapter: its method, sites, trained heads, tokens and tensors, under the names that `tensors_of` gives."""
 
     name: str
     method: Method
@@ -34,6 +35,7 @@ class Bundle:
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
     map: Mapping[str, Any] | None = None  # every site of the base, as SiteMap.to_dict gives them
+    tokens: Tokens | None = None  # whose rows it trains
     notes: tuple[str, ...] = ()
 
 
@@ -49,6 +51,32 @@ def method_record(method: Method) -> dict[str, Any]:
     fields = dataclasses.asdict(method)
     pairs = {key: [list(pair) for pair in value.items()] for key, value in fields.items() if isinstance(value, Mapping)}
     return {"name": method.name, "fields": fields | pairs}
+
+
+def tokens_record(tokens: Tokens | None) -> dict[str, Any] | None:
+    """The tokens whose rows an adapter trains, as JSON."""
+    return None if tokens is None else {key: list(value) for key, value in dataclasses.asdict(tokens).items()}
+
+
+def tokens_of(record: Any) -> Tokens | None:
+    """The tokens that `tokens_record` wrote.
+
+    Raises:
+        DamagedAdapter: it wrote no such thing.
+    """
+    if record is None:
+        return None
+    kinds = {"ids": int, "texts": str, "tables": str}
+    if not isinstance(record, dict) or set(record) != set(kinds):
+        raise DamagedAdapter(f"{RECORD} does not describe tokens.")
+    for key, kind in kinds.items():
+        if not isinstance(record[key], list) or not all(type(value) is kind for value in record[key]):
+            raise DamagedAdapter(f"{RECORD} does not describe tokens: {key} is not a list of {kind.__name__}.")
+    found = Tokens(**{key: tuple(values) for key, values in record.items()})
+    ascending = all(low < high for low, high in zip((-1, *found.ids), found.ids, strict=False))
+    if not found.ids or not ascending or len(found.texts) != len(found.ids) or not found.tables:
+        raise DamagedAdapter(f"{RECORD} does not describe tokens: their ids do not ascend, or others are missing.")
+    return found
 
 
 def method_of(record: Any) -> Method:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from adapters._attach import adapters_of, install, labels_of, replace, state_of
+from adapters._attach import adapters_of, install, labels_of, replace, require_rows, state_of, unwrapped
 from adapters._contract import Site
 from adapters._errors import AdapterError, DamagedAdapter, WrongBase, nearest
 from adapters._interop.peft_read import parse_config, understand
@@ -60,6 +60,7 @@ def load(
         activate=activate,
         facts=bundle.facts,
         labels=bundle.labels,
+        tokens=bundle.tokens,
         map=_map(model, bundle),
     )
     return report(place, chosen, bundle, base, notes)
@@ -83,7 +84,12 @@ def swap(model: nn.Module, name: str, folder: str | os.PathLike[str], force: For
         raise AdapterError(f"no adapter {name!r} on this model{nearest(name, attached)} Use adapters.load to add one.")
     place, bundle, notes = read_folder(model, folder)
     base = check_base(model, bundle, force)
-    kept: dict[str, Any] = {"head": bundle.head, "facts": bundle.facts, "labels": bundle.labels}
+    kept: dict[str, Any] = {
+        "head": bundle.head,
+        "facts": bundle.facts,
+        "labels": bundle.labels,
+        "tokens": bundle.tokens,
+    }
     replace(model, name, bundle.method, bundle.sites, bundle.tensors, **kept)
     return report(place, name, bundle, base, notes)
 
@@ -115,7 +121,7 @@ def inspect(folder: str | os.PathLike[str]) -> AdapterInfo:
         base=base,
         labels=bundle.labels,
         versions=bundle.versions,
-        facts=bundle.facts,
+        facts={**bundle.facts, **({"tokens": str(bundle.tokens)} if bundle.tokens is not None else {})},
         training=bundle.training,
         created=bundle.created,
     )
@@ -143,7 +149,7 @@ def read_folder(model: nn.Module, folder: str | os.PathLike[str]) -> tuple[str, 
     with commit.reading(place) as view:
         if RECORD in view:
             bundle = decode(view)
-            return place, bundle, _label_notes(model, bundle)
+            return place, bundle, [*_label_notes(model, bundle), *_token_notes(bundle)]
         if CONFIG not in view:
             raise AdapterError(f"{place} holds no adapter: neither {RECORD} nor {CONFIG} is there.")
         return place, *_from_peft(model, place, view)
@@ -192,6 +198,8 @@ def _inspect_peft(place: str, view: commit.View, files: dict[str, int]) -> Adapt
 def check_base(model: nn.Module, bundle: Bundle, force: str | None) -> str:
     if force not in (None, "wrong-base"):
         raise AdapterError(f"force is {force!r}; the only check that can be skipped is force='wrong-base'.")
+    if bundle.tokens is not None:
+        require_rows(unwrapped(model), bundle.tokens)  # first, because here the sentence can say what to do
     if bundle.base is None:
         return UNCHECKED
     try:
@@ -225,6 +233,12 @@ def _label_notes(model: nn.Module, bundle: Bundle) -> list[str]:
     if bundle.labels is None or here == bundle.labels:
         return []
     return [f"while it is the active one, the model's labels are the adapter's: {', '.join(bundle.labels.values())}."]
+
+
+def _token_notes(bundle: Bundle) -> list[str]:
+    if bundle.tokens is None:
+        return []
+    return [f"the tokenizer must give these tokens their numbers: {bundle.tokens.named()}."]
 
 
 def _parameters(bundle: Bundle) -> int:

@@ -28,15 +28,19 @@ from adapters._store.bundle import (
     method_of,
     method_record,
     require_finite,
+    tokens_of,
+    tokens_record,
 )
 from adapters._store.commit import View
 
-FORMAT, READABLE = 2, (1, 2)  # 1 had no map of the base's sites
+FORMAT, READABLE = 3, (1, 2, 3)
+SINCE = {"map": 2, "tokens": 3}  # the fields that earlier formats had not
 LARGEST_RECORD = 256 << 20  # bytes; a record of 100,000 tensors takes 30 MB
 KEYS = {"format", "name", "method", "sites", "head", "labels", "base", "tensors", "files", "versions", "facts"} | {
     "training",
     "created",
     "map",
+    "tokens",
     "digest",
 }
 
@@ -68,6 +72,7 @@ def encode(bundle: Bundle, file_keys: Mapping[str, str], config: bytes | None, w
         "training": dict(bundle.training),
         "created": bundle.created,
         "map": bundle.map,
+        "tokens": tokens_record(bundle.tokens),
         "digest": "",
     }
     return _text({**record, "digest": _sha(_text(record))})
@@ -96,6 +101,7 @@ def decode(view: View) -> Bundle:
         versions=_typed(record, "versions", dict),
         created=_typed(record, "created", str),
         map=record.get("map"),
+        tokens=tokens_of(record.get("tokens")),
     )
 
 
@@ -110,7 +116,8 @@ def _record(view: View) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") not in READABLE:
         have = record.get("format") if isinstance(record, dict) else None
         raise DamagedAdapter(f"{RECORD} has the format {str(have)[:20]!r}; this version reads formats up to {FORMAT}.")
-    if set(record) != (KEYS if record["format"] == FORMAT else KEYS - {"map"}) or not _canonical(record, raw):
+    later = {key for key, since in SINCE.items() if since > record["format"]}
+    if set(record) != KEYS - later or not _canonical(record, raw):
         raise DamagedAdapter(f"{RECORD} was altered after it was written: its text is not the canonical one.")
     if _sha(_text({**record, "digest": ""})) != record["digest"]:
         raise DamagedAdapter(f"{RECORD} was altered after it was written: its digest does not match.")

@@ -7,10 +7,10 @@ import os
 import torch
 from torch import nn
 
-from adapters._attach import adapters_of, tensors_of
+from adapters._attach import Adapter, adapters_of, tensors_of
 from adapters._errors import AdapterError, nearest
 from adapters._sharded import put
-from adapters._store.bundle import RECORD
+from adapters._store.bundle import RECORD, Bundle
 from adapters._store.loading import Force, check_base, read_folder, report
 from adapters._store.reports import LoadReport
 from adapters._store.saving import folders
@@ -31,7 +31,7 @@ def restore(model: nn.Module, name: str, folder: str | os.PathLike[str], force: 
     place, bundle, notes = read_folder(model, folder)
     base = check_base(model, bundle, force)
     here, adapter = tensors_of(model, name), attached[name]
-    differ = sorted(here.keys() ^ bundle.tensors.keys())
+    differ = _tokens_apart(bundle, adapter) or sorted(here.keys() ^ bundle.tensors.keys())
     differ = differ or [key for key, tensor in here.items() if tensor.shape != bundle.tensors[key].shape]
     if bundle.method != adapter.method or differ:
         where = f", {differ[0]} among others" if differ else ""
@@ -43,6 +43,12 @@ def restore(model: nn.Module, name: str, folder: str | os.PathLike[str], force: 
         for key, parameter in here.items():
             put(parameter, bundle.tensors[key])
     return report(place, name, bundle, base, notes)
+
+
+def _tokens_apart(bundle: Bundle, adapter: Adapter) -> list[str]:
+    """Whether other tokens were saved than are attached: their rows could have the same shape."""
+    saved, here = (set(tokens.ids) if tokens is not None else set() for tokens in (bundle.tokens, adapter.tokens))
+    return [f"the rows of the tokens {sorted(saved)} instead of {sorted(here)}"] if saved != here else []
 
 
 def restore_attached(model: nn.Module, folder: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adapters._attach import Adapter, adapters_of, state_of, tensors_of
 from adapters._errors import AdapterError, DamagedAdapter, nearest
+from adapters._interop.peft_tokens import with_tokens
 from adapters._interop.peft_write import PeftFiles, express, marker
 from adapters._sharded import is_first_process, is_sharded, require_gatherable, whole
 from adapters._store import commit
@@ -58,7 +59,7 @@ def save(
         raise AdapterError(str(error)) from error
     bundle = _bundle(model, adapter, tensors, facts or {})
     base_name = (bundle.base or {}).get("name")
-    expressed = express(model, adapter.method, adapter.sites, adapter.head, list(tensors), base_name)
+    expressed = _in_pefts_words(model, adapter, list(tensors), base_name)
     files = _files(bundle, expressed)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     peft = "written" if isinstance(expressed, PeftFiles) else expressed
@@ -72,6 +73,14 @@ def save(
         commit.write(folder, files, owned)
     sizes = {key: len(content) for key, content in files.items()}
     return SaveReport(os.fspath(folder), name, sizes, len(tensors), parameters, peft, tuple(notes))
+
+
+def _in_pefts_words(model: nn.Module, adapter: Adapter, names: list[str], base: str | None) -> PeftFiles | str:
+    tokens = adapter.tokens
+    rows = {tokens.key(table) for table in tokens.tables} if tokens is not None else set()
+    others = [name for name in names if name not in rows]
+    found = express(model, adapter.method, adapter.sites, adapter.head, others, base)
+    return found if tokens is None or isinstance(found, str) else with_tokens(model, found, adapter.sites, tokens)
 
 
 def _find(model: nn.Module, name: str) -> Adapter:
@@ -114,6 +123,7 @@ def _bundle(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor], f
         labels=dict(adapter.labels) if adapter.labels else None,
         versions=_versions(),
         map=_map(model),
+        tokens=adapter.tokens,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

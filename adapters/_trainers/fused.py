@@ -20,10 +20,10 @@ def refuse_unseen_head(model: nn.Module, state: State, args: tuple[Any, ...], kw
         head = output_embeddings(model)
         held = head._modules.get(CHILD) if head is not None else None
         for adapter in selection(state):
-            if held is not None and adapter.slot in held._modules:
+            if held is not None and any(key.split("-")[0] == adapter.slot for key in held._modules):
                 raise AdapterError(
                     f"{adapter.name!r} acts on the output embeddings, whose weight this trainer multiplies with by "
-                    "itself: the adapter would never be trained there. Leave the head out of targets= and head=, or "
-                    "use adapters.train.SFTTrainer, which runs the head."
+                    "itself: the adapter would never be trained there. Leave the head out of targets= and head=, and "
+                    "tokens= out, or use adapters.train.SFTTrainer, which runs the head."
                 )
     return args, kwargs
