@@ -77,6 +77,7 @@ def make_entries(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tenso
     made += [Made(entry_of_layers(model, layers), adapter.slot, None, TOKENS)] if layers else []
     made += [Made(path, adapter.slot, replica_of(model, path, held.pop(path, {})), CALL) for path in adapter.head]
     made += _rows(model, adapter, {key: tensor for key, tensor in tensors.items() if key.endswith(f":{ROWS}")})
+    _check_tables(model, adapter, by_site(tensors))
     if held:
         raise AdapterError(f"adapter {adapter.name!r} has tensors for {next(iter(held))}, which is none of its sites.")
     _check_places(model, adapter, made)
@@ -98,6 +99,18 @@ def _rows(model: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -> li
         entry = NewRows(tokens.ids, given[tokens.key(table)].to(device))
         made += [Made(owner, rows_key(adapter.slot, name), entry, READ + name) for owner, name in owners(model, table)]
     return made
+
+
+def _check_tables(model: nn.Module, adapter: Adapter, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuses a method at a table of tokens unless its change is added to it: what it scales, it would scale there."""
+    tables = [table_of(model, table) for table in adapter.tokens.tables] if adapter.tokens is not None else []
+    for site in adapter.sites if tables else ():
+        method = adapter.method.at(site)
+        shared = isinstance(site, WeightSite) and any(table_of(model, site.path) is table for table in tables)
+        if shared and isinstance(method, WeightMethod) and method.factors(held[site.path]) is None:
+            raise AdapterError(
+                f"{method.name} would scale {site.path}, where rows of tokens train: leave it out of targets=."
+            )
 
 
 def _check_places(model: nn.Module, adapter: Adapter, made: list[Made]) -> None:

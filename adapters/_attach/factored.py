@@ -36,8 +36,6 @@ class Factored:
     probability with which elements of what is multiplied with the change are zeroed.
     """
 
-    __slots__ = ("base", "dropout", "left", "right", "scale")
-
     def __init__(self, base: Readable, left: Tensor, right: Tensor, scale: float, dropout: float = 0.0) -> None:
         self.base: Any = base  # a tensor, or what stands for one in 4 bits
         self.left, self.right, self.scale, self.dropout = left, right, scale, dropout

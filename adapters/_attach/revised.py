@@ -25,8 +25,6 @@ Stored: TypeAlias = "Readable | Factored | ScaledWeight | Revised"
 class Revised:
     """Stands in for `base` (vocabulary, width), the raw `table` with whatever else acts on it, at the rows `ids`."""
 
-    __slots__ = ("base", "ids", "rows", "table")
-
     def __init__(self, base: Stored, ids: Tensor, rows: Tensor, table: Tensor) -> None:
         self.base: Any = base
         self.ids, self.rows, self.table = ids, rows, table

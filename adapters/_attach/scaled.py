@@ -21,8 +21,6 @@ from adapters._fourbit import Readable, as_dense
 class ScaledWeight:
     """`diag(rows) base diag(columns)`: base (..., n, m), rows (..., n), columns (..., m) or None, in storage order."""
 
-    __slots__ = ("base", "columns", "rows")
-
     def __init__(self, base: Readable | Factored, rows: Tensor | None, columns: Tensor | None) -> None:
         self.base, self.rows, self.columns = base, rows, columns
 
