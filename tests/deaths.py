@@ -34,7 +34,7 @@ WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 def rows() -> Any:
     numbers = random.Random(1)
-    made = [[numbers.randrange(5, 150) for _ in range(numbers.randrange(6, 12))] for _ in range(12)]
+    made = [[*(numbers.randrange(5, 150) for _ in range(numbers.randrange(6, 12))), 2] for _ in range(12)]
     return Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in made])
 
 
