@@ -221,9 +221,9 @@ def _true_gradients(case: Case) -> dict[str, torch.Tensor]:
     return gradients(_exact(case, "fr"), replace(case, inputs=_widened(case.inputs)), train=True)
 
 
-def _exact(case: Case, name: str) -> nn.Module:
-    """The shaken model with every activation in fp32."""
-    exact = replace(case, build=lambda: case.build().float(), dtype=torch.float32, inputs=_widened(case.inputs))
+def _exact(case: Case, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The shaken model with every activation in a wider dtype."""
+    exact = replace(case, build=lambda: case.build().to(dtype), dtype=dtype, inputs=_widened(case.inputs))
     model, rounded = exact.shaken(name), case.shaken(name)
     with torch.no_grad():
         for key, tensor in tensors_of(model, name).items():
@@ -391,10 +391,11 @@ def law_14_packed_is_separate(case: Case, folder: Path) -> None:
     assert separate.norm() > 0
     assert relative(loss, apart) <= GRAD_TOLERANCE[case.dtype]
     if relative(packed, separate) > GRAD_TOLERANCE[case.dtype]:
-        # in 16 bits two draws of one rounding noise, whose norms differ; a leak is ten times larger
-        assert case.dtype != torch.float32
-        truth = _of_documents(_exact(case, "fr").eval(), documents, None)[1]
-        assert relative(packed, truth) <= 1.5 * relative(separate, truth)
+        # rounding may push a unit over the kink of its activation; in a wider dtype nothing but a leak would differ
+        wider = torch.float64 if case.dtype == torch.float32 else torch.float32
+        exact = _exact(case, "fr", wider).eval()
+        packed, separate = (_of_documents(exact, documents, kind)[1] for kind in (found.kind, None))
+        assert relative(packed, separate) <= GRAD_TOLERANCE[torch.float32]
 
 
 def _of_documents(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import adapters
 from adapters._attach import tensors_of
-from adapters._fourbit import Packed, dequantize, is_quantized, quantized_stacks
+from adapters._fourbit import Packed, dequantize, gives_back, is_quantized, quantized_stacks
 from adapters._quantize.stacks import pack
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -27,7 +27,7 @@ class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(3)
-        self.w = nn.Parameter(torch.randn(4, 64, 96, generator=generator), requires_grad=False)
+        self.w = nn.Parameter(torch.randn(4, 64, 128, generator=generator), requires_grad=False)
 
 
 def packed() -> tuple[Any, Tensor]:
@@ -38,12 +38,12 @@ def packed() -> tuple[Any, Tensor]:
 
 
 PRODUCTS = {
-    "linear of one": (lambda x, w: F.linear(x, w[2]), (5, 96)),
-    "linear with bias": (lambda x, w: F.linear(x, w[1], torch.arange(64.0)), (2, 5, 96)),
-    "matmul with all": (lambda x, w: torch.matmul(x, w.transpose(1, 2)), (4, 5, 96)),
+    "linear of one": (lambda x, w: F.linear(x, w[2]), (5, 128)),
+    "linear with bias": (lambda x, w: F.linear(x, w[1], torch.arange(64.0)), (2, 5, 128)),
+    "matmul with all": (lambda x, w: torch.matmul(x, w.transpose(1, 2)), (4, 5, 128)),
     "bmm, untransposed": (lambda x, w: torch.bmm(x, w), (4, 5, 64)),
-    "operator": (lambda x, w: x @ w[0].t(), (5, 96)),
-    "weight on the left": (lambda x, w: w[3] @ x, (96, 5)),
+    "operator": (lambda x, w: x @ w[0].t(), (5, 128)),
+    "weight on the left": (lambda x, w: w[3] @ x, (128, 5)),
     "formed": (lambda x, w: torch.einsum("be,ieo->bio", x, w), (5, 64)),
 }
 
@@ -64,6 +64,44 @@ def test_a_product_is_that_of_the_dense_weight(name: str) -> None:
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-5)
 
 
+def test_what_is_not_given_back_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe against the definition itself, on whatever machine this is, and the report of what it refuses."""
+    import bitsandbytes.functional as functional
+
+    assert gives_back(128, torch.float32, torch.device("cpu"))
+    real = functional.dequantize_4bit
+
+    def wrong(packed: Tensor, quant_state: Any, **more: Any) -> Tensor:
+        found: Tensor = real(packed, quant_state=quant_state, **more)
+        return found if found.shape[-1] != 192 else found.flip(0)  # what AVX512 does to rows that end within a block
+
+    monkeypatch.setattr(functional, "dequantize_4bit", wrong)
+    gives_back.cache_clear()
+    try:
+        model = nn.Sequential(nn.Linear(64, 192), nn.ReLU(), nn.Linear(192, 64))
+        report = adapters.quantize(model, "nf4")
+        assert report.quantized == ("0",)
+        assert "does not give back rows of 192 rightly" in report.left["2.weight"]
+        assert type(model[2]) is nn.Linear
+    finally:
+        gives_back.cache_clear()
+
+
+@pytest.mark.parametrize("width", [16, 48, 64, 96, 128, 160, 320])
+def test_every_width_that_is_quantised_is_the_definition(width: int) -> None:
+    torch.manual_seed(2)
+    layer = nn.Linear(width, 64)
+    before = layer.weight.detach().clone()
+    model = nn.Sequential(layer, nn.Linear(64, 64))
+    adapters.quantize(model, "nf4")
+    held = model[0].weight
+    if is_quantized(held):
+        rounding = (dequantize(held).float() - before).abs().max() / before.abs().max()
+        assert 0.01 < rounding < 0.2
+    else:
+        assert torch.equal(held, before)
+
+
 def test_one_matrix_of_a_stack_is_read_by_itself() -> None:
     module, dense = packed()
     for index in range(4):
@@ -81,7 +119,7 @@ def test_autograd_keeps_the_packed_weight() -> None:
         kept += x.numel() * x.element_size()
         return x
 
-    x = torch.randn(4, 5, 96, requires_grad=True)
+    x = torch.randn(4, 5, 128, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         torch.matmul(x, module.w.mT)
     assert kept < 0.1 * dense.numel() * dense.element_size()

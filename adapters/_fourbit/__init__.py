@@ -13,6 +13,7 @@ from adapters._fourbit.params import (
     replace_module,
     shape_of,
 )
+from adapters._fourbit.right import gives_back
 
 __all__ = [
     "Packed",
@@ -20,6 +21,7 @@ __all__ = [
     "bytes_of",
     "dequantize",
     "elements",
+    "gives_back",
     "guard_against_repacking",
     "is_quantized",
     "quantized_modules",

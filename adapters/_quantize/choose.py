@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from adapters._contract import WeightSite
-from adapters._fourbit import is_quantized, shape_of
+from adapters._fourbit import gives_back, is_quantized, shape_of
 from adapters._heads import base_model, output_embeddings
 from adapters._sites import SiteMap
 
@@ -27,7 +28,7 @@ class Choice:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def choose(model: nn.Module, sites: SiteMap | None) -> Choice:
+def choose(model: nn.Module, sites: SiteMap | None, device: torch.device | str | None = None) -> Choice:
     """What can be quantised without changing what the model computes, but for the rounding.
 
     A layer whose call is known, from the map, to be a product and nothing else can; so can one of torch's own linear
@@ -45,6 +46,7 @@ def choose(model: nn.Module, sites: SiteMap | None) -> Choice:
                 continue
             site = known.get(at)
             reason = others.get(at) or _reason(module, path, parameter, site, head) or read.get(path, "")
+            reason = reason or _given_back(module, parameter, device)
             if reason:
                 found.left[at] = reason
             elif site is not None and site.access == "read":
@@ -73,6 +75,14 @@ def _reason(module: nn.Module, path: str, parameter: nn.Parameter, site: WeightS
         return f"stored as {parameter.dtype}"
     size = parameter[0].numel() if stack else parameter.numel()
     return f"its size is no multiple of {BLOCK}" if size % BLOCK else ""
+
+
+def _given_back(module: nn.Module, parameter: nn.Parameter, device: torch.device | str | None) -> str:
+    width = parameter.shape[0] if is_conv1d(module) else parameter.shape[-1]
+    target = torch.device(device) if device is not None else parameter.device
+    if target.type == "meta" or gives_back(width, parameter.dtype, target):
+        return ""
+    return f"bitsandbytes does not give back rows of {width} rightly on this {target.type}"
 
 
 def _read_elsewhere(model: nn.Module) -> dict[str, str]:

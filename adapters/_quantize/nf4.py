@@ -103,7 +103,7 @@ def quantize(
     already = tuple(path.removesuffix(".weight") for path, _, _ in quantized_parameters(model))
     before = _bytes(model)
     found, notes = _traced(model, sites, example)
-    choice = choose(model, found)
+    choice = choose(model, found, device)
     if only is not None:
         _narrow(choice, only)
     if not choice.layers and not choice.stacks and not already:

@@ -16,6 +16,7 @@ from adapters._attach.verbs import make_method
 from adapters._contract import Method
 from adapters._errors import AdapterError, nearest
 from adapters._hub import MODELS, fetch, load_base
+from adapters._interop.peft_write import REGISTRY_TYPE
 from adapters._store import LoadReport, load
 
 Adapter: TypeAlias = str | os.PathLike[str] | Method | Mapping[str, Any]
@@ -56,6 +57,16 @@ def wanted(adapter: Adapter | None) -> Wanted | None:
         f"adapter is {place!r}, which is neither a method{nearest(place, known)} nor a folder of a saved adapter. "
         f"Methods: {', '.join(known)}."
     )
+
+
+def of_config(want: Wanted | None, trl_arguments: dict[str, Any]) -> Wanted | None:
+    """What to train, also from a `peft_config` of ours, which TRL need not see: it would round what it attaches."""
+    config = trl_arguments.get("peft_config")
+    if want is not None or getattr(config, "peft_type", None) != REGISTRY_TYPE:
+        return want
+    del trl_arguments["peft_config"]
+    given = {key: getattr(config, key) for key in ("targets", "head", "example", "sites", "dtype")}
+    return Wanted(config.method, {key: value for key, value in given.items() if value is not None})  # type: ignore[union-attr]
 
 
 def opened(model: Any, tokenizer: Any, want: Wanted | None, args: Any, config: Any) -> tuple[Any, Any]:

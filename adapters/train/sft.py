@@ -96,7 +96,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         preflight: bool = True,
         **trl_arguments: Any,
     ) -> None:
-        asked, want = options.own_copy(args, model), adopt.wanted(adapter)
+        asked, want = options.own_copy(args, model), adopt.of_config(adopt.wanted(adapter), trl_arguments)
         options.check(asked, learn, layout)
         self._tries = preflight
         config, formatting = (trl_arguments.pop(key, None) for key in ("quantization_config", "formatting_func"))
