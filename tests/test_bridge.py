@@ -264,7 +264,7 @@ def test_several_adapters_are_adopted_and_what_is_not_known_leaves_all_as_it_was
     wrapped.set_adapter("more")
     model = adapters.adopt(wrapped)
     assert list(adapters_of(model)) == ["default", "more"]
-    assert [each.name for each in adapters_of(model).values() if each.trainable] == ["default", "more"]
+    assert [each.name for each in adapters_of(model).values() if each.trainable] == ["more"]  # as PEFT had it
     other = peft.get_peft_model(tiny.build("llama"), peft.LoHaConfig(r=2, target_modules=["q_proj"]))
     before, inputs = other.state_dict(), tiny.inputs(tiny.build("llama"))
     expected = other(**inputs).logits
@@ -275,3 +275,86 @@ def test_several_adapters_are_adopted_and_what_is_not_known_leaves_all_as_it_was
     for wrong in (tiny.build("llama"), model):
         with pytest.raises(adapters.AdapterError, match="stock PEFT"):
             adapters.adopt(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda model: model.merge_adapter(), "are merged into this model"),
+        (
+            lambda model: [layer.scale_layer(3.0) for layer in model.modules() if hasattr(layer, "scale_layer")],
+            "scaled",
+        ),
+        (lambda model: model.base_model.set_adapter(["default", "more"]), "one adapter may act"),
+    ],
+)
+def test_what_acts_otherwise_than_its_files_say_is_not_adopted(change: Any, why: str) -> None:
+    wrapped, inputs = stock("lora"), tiny.inputs(tiny.build("llama"))
+    wrapped.add_adapter("more", peft.LoraConfig(r=2, target_modules=["k_proj"]))
+    change(wrapped)
+    expected = wrapped(**inputs).logits
+    with pytest.raises(adapters.AdapterError, match=why):
+        adapters.adopt(wrapped)
+    assert torch.equal(wrapped(**inputs).logits, expected)
+
+
+def test_layers_that_peft_has_switched_off_stay_off() -> None:
+    wrapped, inputs = stock("lora"), tiny.inputs(tiny.build("llama"))
+    wrapped.base_model.disable_adapter_layers()
+    model = adapters.adopt(wrapped)
+    assert torch.equal(output(model, inputs), output(tiny.build("llama").requires_grad_(False), inputs))
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2", "gpt_neox", "odd", "bert"])
+def test_smoothed_labels_are_shifted_as_for_the_base(base: str, tmp_path: Path) -> None:
+    """transformers asks `base_model.model` for the name of the model, and shifts labels for causal ones."""
+    hf = pytest.importorskip("transformers")
+
+    def loss(model: Any) -> float:
+        settings = {"use_cpu": True, "report_to": [], "label_smoothing_factor": 0.2}
+        trainer = hf.Trainer(model, hf.TrainingArguments(str(tmp_path), **settings))
+        inputs = {**tiny.inputs(model), "labels": tiny.inputs(model, seed=4)["input_ids"]}
+        return float(trainer.compute_loss(model.eval(), inputs))
+
+    model = tiny.build(base)
+    adapters.attach(model, "lora", rank=2)
+    assert loss(model) == pytest.approx(loss(tiny.build(base)), rel=1e-6)
+
+
+def test_a_configuration_means_the_same_on_another_model() -> None:
+    model, other = joined(targets="mlp.*", dtype=torch.bfloat16), tiny.build("llama")
+    peft.get_peft_model(other, model.peft_config["fr"], adapter_name="fr")
+    sites = [[site.path for site in adapters_of(each)["fr"].sites] for each in (model, other)]
+    assert sites[0] == sites[1]
+    assert {tensor.dtype for tensor in tensors_of(other, "fr").values()} == {torch.bfloat16}
+    shake(model, "fr", 2, 0.1)
+    third = joined(name="fr")
+    third.add_adapter("ref", model.peft_config["fr"])  # another model's: fresh, and no copy of this one's
+    assert sites[0] == [site.path for site in adapters_of(third)["ref"].sites]
+
+
+def test_a_model_pickled_as_pefts_is_one_in_a_process_that_imports_it_later(tmp_path: Path) -> None:
+    torch.save(shaken(), tmp_path / "model.pt")
+    code = f"""
+import sys; sys.path[:0] = ["tests"]
+import torch
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+assert "peft" not in sys.modules
+model.save_pretrained({str(tmp_path / "out")!r})
+import peft, tiny, adapters
+assert isinstance(model, peft.PeftModel)
+fresh = tiny.build("llama")
+adapters.attach(fresh, "lora", rank=4)
+assert isinstance(fresh, peft.PeftModel)
+print("done")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip().endswith("done"), run.stderr[-2000:]
+
+
+def test_transformers_own_order_of_arguments_is_understood() -> None:
+    model = joined(name="default")
+    model.add_adapter(adapters.peft_config("lora", rank=2), "more")
+    assert list(adapters_of(model)) == ["default", "more"]
+    with pytest.raises(adapters.AdapterError, match=r"adapters\.peft_config"):
+        model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]), "another")

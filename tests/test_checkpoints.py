@@ -226,6 +226,99 @@ def test_a_model_that_is_made_anew_is_saved_and_resumed_too(tmp_path: Path) -> N
     assert same(values(again.model), values(whole.model))
 
 
+class Within(torch.nn.Module):
+    """A model of the user's own around an attached one: a head that no adapter holds, and statistics."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner, self.norm, self.head = inner, torch.nn.BatchNorm1d(9), torch.nn.Linear(160, 3)
+
+    def forward(self, input_ids: Any, labels: Any = None, **ignored: Any) -> dict[str, torch.Tensor]:
+        scores = self.head(self.norm(self.inner(input_ids=input_ids).logits)).mean(1)
+        return {"loss": torch.nn.functional.cross_entropy(scores, labels[:, 0] % 3), "logits": scores}
+
+
+def within() -> Any:
+    torch.manual_seed(5)
+    inner = tiny.build("llama")
+    adapters.attach(inner, "lora", name="fr", rank=4)
+    return Within(inner)
+
+
+def test_a_model_around_the_attached_one_is_saved_and_resumed_whole(tmp_path: Path) -> None:
+    def made(**more: Any) -> Any:
+        made = trainer(tmp_path, model=within(), names=(), **more)
+        made.label_names = ["labels"]
+        return made
+
+    whole = made()
+    whole.train()
+    assert not list(tmp_path.glob("*/model.safetensors"))
+    held = load_file(tmp_path / "checkpoint-6" / "rest.safetensors")
+    assert {key.split(".")[0] for key in held} == {"norm", "head"}
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    again = made()
+    again.train(resume_from_checkpoint=True)
+    one, other = whole.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    best = made(load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, learning_rate=5.0)
+    best.train()
+    chosen = load_file(Path(best.state.best_model_checkpoint) / "rest.safetensors")
+    assert all(torch.equal(best.model.state_dict()[key], tensor) for key, tensor in chosen.items())
+
+
+def test_accelerate_keeps_what_lies_around_the_attached_model(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(within())
+    shake(model.inner, "fr", 3, 0.1)
+    model.head.weight.data.add_(1)
+    accelerator.save_state(str(tmp_path))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in (*tensors_of(model.inner, "fr").values(), *model.head.parameters()):
+            parameter.add_(1)
+    accelerator.load_state(str(tmp_path))
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_adapters_are_restored_by_their_names_or_not_at_all(tmp_path: Path) -> None:
+    whole = trainer(tmp_path, names=("fr", "de"))
+    shake(whole.model, "fr", 3, 0.1)
+    whole.train()
+    alone = trainer(tmp_path, names=("de",))
+    started = values(alone.model, "de")
+    with pytest.raises(adapters.AdapterError, match="holds the adapters 'de', 'fr', and attached are 'de'"):
+        alone.train(resume_from_checkpoint=True)
+    assert same(values(alone.model, "de"), started)
+
+
+def test_base_tensors_that_train_beside_the_adapter_are_refused(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    run = trainer(tmp_path)
+    run.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(adapters.AdapterError, match=r"model\.norm\.weight among them"):
+        run.train()
+    with pytest.raises(adapters.AdapterError, match=r"model\.norm\.weight among them"):
+        Accelerator(cpu=True).prepare(run.model)
+
+
+def test_running_statistics_of_a_frozen_base_stay_as_they_are(tmp_path: Path) -> None:
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "num_channels": 3, "num_labels": 3}
+    torch.manual_seed(1)
+    base = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+    before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    adapters.attach(base, "lora", name="fr", rank=2, example={"pixel_values": torch.randn(2, 3, 32, 32)})
+    base.train()
+    assert any(module.training for module in base.modules())
+    base(pixel_values=torch.randn(4, 3, 32, 32) + 3, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    adapters.detach(base)
+    assert all(torch.equal(before[key], tensor) for key, tensor in base.state_dict().items())
+    assert all(module.training for module in base.modules())
+
+
 def test_accelerates_states_hold_the_adapter_only(tmp_path: Path) -> None:
     from accelerate import Accelerator
 

@@ -16,7 +16,7 @@ from adapters._attach.entries import adapter_tensors, drop_slot, make_entries, p
 from adapters._attach.inputs import input_embeddings
 from adapters._attach.labels import show_labels
 from adapters._attach.state import ENTER, FACES, STATE, Adapter, State, state_of, unwrapped
-from adapters._attach.swap import CHECKPOINT, INPUT, PREPARE, add_faces, strip
+from adapters._attach.swap import CHECKPOINT, INPUT, PREPARE, STATISTICS, add_faces, strip
 from adapters._attach.tokens import Tokens
 from adapters._contract import KeyValueMethod, Method, Site
 from adapters._errors import AdapterError
@@ -198,6 +198,8 @@ def _enter(model: nn.Module, state: State) -> None:
         # a data descriptor outlives `gradient_checkpointing_enable()`, which sets the function anew on every module
         if hasattr(module, "gradient_checkpointing"):
             add_faces(module, state, CHECKPOINT)
+        if getattr(module, "track_running_stats", False) and getattr(module, "running_mean", None) is not None:
+            add_faces(module, state, STATISTICS)  # no adapter's file holds them
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 

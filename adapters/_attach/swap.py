@@ -6,6 +6,7 @@ others hang on `forward` (accelerate's instance-level forward, hooks), and is se
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -46,6 +47,7 @@ CHECKPOINT = "checkpoint"
 TAPPED_BY = "_adapter_tapped_by"  # in a tapped module's __dict__: the slots that read its input
 TOKENS = "tokens"  # is given the tokens, among which virtual ones are inserted
 LAYER = "layer"  # overwrites virtual tokens
+STATISTICS = "statistics"  # running ones, which stay as they are while the base is frozen
 HOLD = "hold"  # holds tensors that others use
 READ = "read:"  # followed by a parameter's name
 
@@ -58,9 +60,14 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a forward
 before_forward: list[Callable[[nn.Module, State, tuple[Any, ...], dict[str, Any]], Call]] = []
 
 
-@cache
 def adapted_class(base: Any, faces: frozenset[str]) -> type[nn.Module]:
-    """The subclass of `base` with these faces. It keeps the base's name and module, so reprs and configs agree."""
+    """The subclass of `base` with these faces, and those that others provide for them in this process."""
+    return _made_class(base, faces, frozenset(face for face, (where, _) in further_faces.items() if where in faces))
+
+
+@cache
+def _made_class(base: Any, faces: frozenset[str], further: frozenset[str]) -> type[nn.Module]:
+    """It keeps the base's name and module, so that reprs and configs agree."""
     space: dict[str, Any] = {
         BASE: base,
         "__module__": base.__module__,
@@ -93,17 +100,21 @@ def adapted_class(base: Any, faces: frozenset[str]) -> type[nn.Module]:
             space["_hf_peft_config_loaded"] = property(_trains_on_a_quantised_base)
     if CHECKPOINT in faces:
         space["_gradient_checkpointing_func"] = property(_get_checkpointing, _set_checkpointing)
+    if STATISTICS in faces:
+        space["training"] = property(lambda self: False, lambda self, mode: self.__dict__.update(training=mode))
     for face in faces:
         if face.startswith(READ):
             space[face.removeprefix(READ)] = property(_reader(face.removeprefix(READ)))
     made: type[nn.Module] = type(base.__name__, (base,), space)
-    for face in sorted(faces & further_faces.keys()):
+    for face in sorted(further):
         made = further_faces[face][1](made)
     return made
 
 
 def _restore(base: Any, faces: frozenset[str]) -> nn.Module:
     """Pickle finds classes by name; a swapped one is made again from its base."""
+    # in a new process nothing has asked for a public name yet, which is what brings saving and the bridge along
+    assert importlib.import_module("adapters").attach is not None
     cls = adapted_class(base, faces)
     module = cls.__new__(cls)
     if ENTER in faces:
@@ -117,8 +128,6 @@ def add_faces(module: nn.Module, state: State, *faces: str) -> None:
     have = module.__dict__.get(FACES, frozenset())
     module.__dict__[STATE] = state
     module.__dict__[FACES] = have | frozenset(faces)
-    further = [face for face, (where, _) in further_faces.items() if where in faces]
-    module.__dict__[FACES] |= frozenset(further)
     module.__class__ = adapted_class(base, module.__dict__[FACES])
     if ENTER in faces:
         roots.add(module)

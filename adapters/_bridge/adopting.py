@@ -44,8 +44,8 @@ def adopt(peft_model: Any) -> nn.Module:
     base, names = _base(peft_model), list(getattr(peft_model, "peft_config", ()))
     if base is None or not names:
         raise AdapterError(f"adopt takes a model of stock PEFT, found a {type(peft_model).__name__}.")
-    trained = {name for name in names if not peft_model.peft_config[name].inference_mode}
-    active = peft_model.active_adapter
+    trained = {name for name in names if _trains(peft_model, name)}
+    active = _acting(peft_model, base)
     with tempfile.TemporaryDirectory() as folder:
         peft_model.save_pretrained(folder)
         undo = _unwrapped_layers(base)
@@ -53,7 +53,7 @@ def adopt(peft_model: Any) -> nn.Module:
             for name in names:
                 place = folder if name == "default" else os.path.join(folder, name)
                 load(base, place, name, trainable=name in trained, activate=False)
-            activate(base, active if isinstance(active, str) else active[0])
+            activate(base, active)
         except BaseException:
             for name in list(adapters_of(base)):
                 detach(base, name)
@@ -68,6 +68,44 @@ def _base(peft_model: Any) -> nn.Module | None:
     getter = getattr(peft_model, "get_base_model", None)
     found = getter() if callable(getter) else None
     return found if isinstance(found, nn.Module) else None
+
+
+def _trains(peft_model: Any, name: str) -> bool:
+    return any(p.requires_grad for key, p in peft_model.named_parameters() if name in key.split("."))
+
+
+def _acting(peft_model: Any, base: nn.Module) -> str | None:
+    """The adapter that acts, or None where PEFT has switched its layers off.
+
+    Raises:
+        AdapterError: what acts now is not what the files of the adapters say.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    if any(layer.merged_adapters for layer in layers):
+        raise AdapterError("adapters are merged into this model: call unmerge_adapter() first.")
+    off = {bool(layer.disable_adapters) for layer in layers}
+    active = peft_model.active_adapters
+    active = list(active() if callable(active) else active)
+    if len(off) > 1 or len(active) != 1:
+        raise AdapterError(
+            f"one adapter may act in all layers when a model is adopted, found {active}: set_adapter(one)."
+        )
+    scaled = [layer for layer in layers if not _as_configured(layer)]
+    if scaled:
+        raise AdapterError("layers of this model were scaled after loading (scale_layer): unscale them first.")
+    return None if off == {True} else str(active[0])
+
+
+def _as_configured(layer: Any) -> bool:
+    """Whether a LoRA layer's scaling is alpha / r or alpha / sqrt(r)."""
+    alphas, ranks = getattr(layer, "lora_alpha", {}), getattr(layer, "r", {})
+    return all(
+        min(abs(scale - alphas[name] / ranks[name]), abs(scale - alphas[name] / ranks[name] ** 0.5)) < 1e-6 * abs(scale)
+        for name, scale in getattr(layer, "scaling", {}).items()
+        if name in alphas and ranks.get(name)
+    )
 
 
 def _unwrapped_layers(base: nn.Module) -> Undo:

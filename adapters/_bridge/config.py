@@ -75,11 +75,13 @@ class AdaptersConfig(PeftConfig):  # type: ignore[misc]
 _LIVE = ("tokenizer", "example", "sites", "source", "dtype", "method")
 
 
-def config_of(adapter: Adapter) -> AdaptersConfig:
-    """The configuration of an attached adapter."""
+def config_of(adapter: Adapter, dtype: torch.dtype) -> AdaptersConfig:
+    """The configuration of an attached adapter: another model attaches the same by it, at the same places."""
     return AdaptersConfig(
         method=adapter.method,
+        targets=tuple(site.path for site in adapter.sites),
         head=adapter.head,
+        dtype=dtype,
         tokens=list(adapter.tokens.ids) if adapter.tokens is not None else None,
         source=adapter,
         inference_mode=not adapter.trainable,

@@ -45,7 +45,12 @@ class PeftFace:
     @property
     def peft_config(self) -> Configs:
         """The configuration of every attached adapter, made anew: changing one changes nothing."""
-        return Configs({name: config_of(adapter) for name, adapter in adapters_of(_module(self)).items()})
+        return Configs(
+            {
+                name: config_of(adapter, next(iter(tensors_of(_module(self), name).values())).dtype)
+                for name, adapter in adapters_of(_module(self)).items()
+            }
+        )
 
     @property
     def active_adapters(self) -> list[str]:
@@ -79,6 +84,14 @@ class PeftFace:
     def base_model_torch_dtype(self) -> Any:
         return getattr(self, "dtype", None)
 
+    @property
+    def model(self) -> Any:
+        """Of a model that is its own `base_model`: itself, as `base_model.model` means the root."""
+        own = _module(self)._modules.get("model")
+        if own is None and getattr(self, "base_model", None) is not self:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'model'")
+        return own if own is not None else self
+
     def get_base_model(self) -> Any:
         """The model itself: attaching wraps nothing."""
         return self
@@ -101,19 +114,23 @@ class PeftFace:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             set_trainable(_module(self), name, requires_grad)
 
-    def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    def add_adapter(self, adapter_name: Any = "default", peft_config: Any = None, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter that neither acts nor trains.
 
         By a configuration read from an attached adapter a copy of it is added, tensors included: trainers make their
         reference so, and then copy tensors by PEFT's names, which there are none of here.
         """
+        if not isinstance(adapter_name, str):  # transformers' own method takes the configuration first
+            adapter_name, peft_config = peft_config or "default", adapter_name
         add(_module(self), adapter_name, peft_config)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Detaches an adapter; without any, the model is no PeftModel any more."""
         detach(_module(self), adapter_name)
 
-    def load_adapter(self, model_id: str, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
+    def load_adapter(
+        self, model_id: str, adapter_name: str = "default", is_trainable: bool = False, **kwargs: Any
+    ) -> Any:
         """Loads a folder under a new name, inactive, or into the tensors of an attached adapter of that name."""
         if adapter_name in adapters_of(_module(self)):
             restore(_module(self), adapter_name, model_id)
@@ -222,6 +239,9 @@ REFUSED = {
     "_split_kwargs": "folders are read by adapters.load",
     "merge_adapter": "a merge is measured and final; use adapters.merge, or keep the adapter attached",
     "unmerge_adapter": "a merge is final; keep the adapter attached instead",
+    "disable_adapters": "use disable_adapter(), or adapters.activate(model, None)",
+    "enable_adapters": "use set_adapter(name), or adapters.activate(model, name)",
+    "get_adapter_state_dict": "adapters.save writes an adapter's tensors",
     "add_weighted_adapter": "adapters are combined as files or selections, not inside PEFT",
 }
 for _name, _instead in REFUSED.items():

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from adapters._attach import activate, attach, install, set_trainable, state_of, tensors_of
+from adapters._attach import activate, adapters_of, attach, install, set_trainable, state_of, tensors_of
 from adapters._bridge.config import AdaptersConfig
 from adapters._errors import AdapterError
 from adapters._store import load
@@ -33,8 +33,8 @@ def add(model: nn.Module, name: str, config: Any) -> None:
     """Adds an adapter that neither acts nor trains."""
     own, state = _own(config), state_of(model)
     assert state is not None, "only an attached model can be asked to add an adapter"
-    source = own.source
-    if source is not None:
+    source: Any = own.source
+    if source is not None and adapters_of(model).get(source.name) is source:
         tensors = {key: tensor.detach().clone() for key, tensor in tensors_of(model, source.name).items()}
         kept: dict[str, Any] = {key: getattr(source, key) for key in ("head", "facts", "labels", "tokens")}
         install(model, name, source.method, source.sites, tensors, activate=False, **kept)

@@ -27,9 +27,8 @@ def connect() -> None:
     further_faces[BELOW] = (PREPARE, with_model)
     for root in list(roots):
         for module in root.modules():
-            for face in (ENTER, PREPARE):
-                if face in module.__dict__.get(FACES, ()):
-                    add_faces(module, module.__dict__[STATE], face)
+            if {ENTER, PREPARE} & set(module.__dict__.get(FACES, ())):
+                add_faces(module, module.__dict__[STATE])  # the class that these faces have from now on
 
 
 def with_face(made: type[nn.Module]) -> type[nn.Module]:
@@ -50,11 +49,17 @@ def with_face(made: type[nn.Module]) -> type[nn.Module]:
 
 
 def with_model(made: type[nn.Module]) -> type[nn.Module]:
-    """The class of the base model below the heads, where trainers read `model.base_model.model` (NEFTune's do)."""
-    space: dict[str, Any] = {"model": property(lambda self: self._modules.get("model", self))}
+    """The class of the base model below the heads: trainers read `model.base_model.model`, and mean the root by it."""
+    space: dict[str, Any] = {"model": property(_root_of)}
     metaclass: Any = type(made)
     below: type[nn.Module] = metaclass(made.__name__, (made,), {**_like(made), **space})
     return below
+
+
+def _root_of(below: nn.Module) -> nn.Module:
+    own = below._modules.get("model")
+    state = below.__dict__.get(STATE)
+    return own if own is not None else next((root for root in roots if root.__dict__.get(STATE) is state), below)
 
 
 def _like(made: type[nn.Module]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from torch import nn
 from adapters._attach import Adapter, adapters_of, tensors_of
 from adapters._errors import AdapterError, nearest
 from adapters._sharded import put
+from adapters._store import commit
 from adapters._store.bundle import RECORD, Bundle
 from adapters._store.loading import Force, check_base, read_folder, report
+from adapters._store.record import decode
 from adapters._store.reports import LoadReport
-from adapters._store.saving import folders
 
 
 def restore(model: nn.Module, name: str, folder: str | os.PathLike[str], force: Force | None = None) -> LoadReport:
@@ -52,17 +53,27 @@ def _tokens_apart(bundle: Bundle, adapter: Adapter) -> list[str]:
 
 
 def restore_attached(model: nn.Module, folder: str) -> None:
-    """Restores every attached adapter from where `save_attached` put it; all folders are checked before any is read.
+    """Restores every attached adapter from where `save_attached` put it, by the names in the records.
 
     Raises:
-        AdapterError: a folder is missing, or holds another adapter than is attached.
+        AdapterError: the adapters saved are not those attached; nothing was restored.
     """
-    places = folders(model, _adapters_in(folder))
-    for name, place in places.items():
-        if not os.path.isfile(os.path.join(place, RECORD)):
-            raise AdapterError(f"{place} holds no adapter, and {name!r} should be restored from it.")
-    for name, place in places.items():
-        restore(model, name, place)
+    root = _adapters_in(folder)
+    inside = sorted(entry.path for entry in os.scandir(root) if entry.is_dir()) if os.path.isdir(root) else []
+    saved = {_recorded_name(place): place for place in (root, *inside) if os.path.isfile(os.path.join(place, RECORD))}
+    attached = adapters_of(model)
+    if saved.keys() != attached.keys():
+        have, want = (", ".join(map(repr, sorted(names))) or "none" for names in (saved, attached))
+        raise AdapterError(
+            f"{folder} holds the adapters {have}, and attached are {want}: attach what was trained there."
+        )
+    for name in attached:
+        restore(model, name, saved[name])
+
+
+def _recorded_name(place: str) -> str:
+    with commit.reading(place) as view:
+        return decode(view).name
 
 
 def _adapters_in(folder: str) -> str:

@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from adapters._store import restore_attached, save_attached
 from adapters._trainers.distributed import check
+from adapters._trainers.parts import require_frozen, restore_parts, save_parts
 from adapters._trainers.trainer import attached_within
 
 FOLDER = "adapters"
@@ -42,6 +42,7 @@ def _checked(prepare: Callable[..., Any]) -> Callable[..., Any]:
         for each in args:
             found = attached_within(each)
             if found is not None:
+                require_frozen(each)
                 check(self, found)
         return prepare(self, *args, **kwargs)
 
@@ -53,7 +54,7 @@ def _save(accelerator: Any, models: list[Any], weights: list[Any], output_dir: s
     for index in reversed(range(len(models))):
         found = attached_within(models[index])
         if found is not None:
-            save_attached(found, _folder(output_dir, index), write=accelerator.is_main_process)
+            save_parts(models[index], _folder(output_dir, index), accelerator.is_main_process)
             if weights:
                 del weights[index]
 
@@ -63,7 +64,7 @@ def _load(models: list[Any], input_dir: str) -> None:
     for index in reversed(range(len(models))):
         found = attached_within(models[index])
         if found is not None:
-            restore_attached(found, _folder(input_dir, index))
+            restore_parts(models[index], _folder(input_dir, index))
             del models[index]
 
 

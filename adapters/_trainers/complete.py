@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adapters._errors import AdapterError
-from adapters._store.bundle import CARD
 from adapters._whole import write_whole
 
 SEAL = "checkpoint.json"
@@ -23,10 +22,16 @@ NEEDED = {
 }
 
 
+_SEALED = (".safetensors", ".pt", ".pth", ".bin", ".distcp")
+
+
 def seal(folder: str | os.PathLike[str]) -> None:
-    """Says of a checkpoint that it is whole, once every file in it is on the disk; its card may be edited later."""
-    sizes = {name: size for name, size in _sizes(Path(folder)) if Path(name).name != CARD}
-    for name in sizes:
+    """Says of a checkpoint that it is whole, once every file in it is on the disk.
+
+    Cards and what is JSON may be edited by callbacks later; what a resumed run reads as tensors and states may not.
+    """
+    sizes = {name: size for name, size in _sizes(Path(folder)) if Path(name).suffix in _SEALED}
+    for name, _ in _sizes(Path(folder)):
         with open(os.path.join(folder, name), "rb") as file:
             os.fsync(file.fileno())
     text = json.dumps({"files": sizes}, indent=1, sort_keys=True) + "\n"

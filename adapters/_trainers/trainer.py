@@ -14,11 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from adapters._attach.state import state_of
-from adapters._attach.swap import roots
+from adapters._attach.state import unwrapped
 from adapters._errors import AdapterError
-from adapters._store import restore_attached, save_attached
 from adapters._trainers.complete import newest_checkpoint, require_whole, seal, unseal
+from adapters._trainers.parts import attached_parts, require_frozen, restore_parts, save_parts, save_rest
 
 
 def extend() -> None:
@@ -30,9 +29,7 @@ def extend() -> None:
 
 def attached_within(model: Any) -> nn.Module | None:
     """The attached model that `model` is or holds: trainers are given wrappers, and models with one inside."""
-    if not isinstance(model, nn.Module) or not roots:
-        return None
-    return next((module for module in model.modules() if module in roots and state_of(module) is not None), None)
+    return next(iter(attached_parts(model).values()), None)
 
 
 def _training(train: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,6 +38,7 @@ def _training(train: Callable[..., Any]) -> Callable[..., Any]:
         attached = attached_within(self.model) is not None
         if not attached and self.model_init is None:
             return train(self, resume_from_checkpoint, *args, **kwargs)
+        require_frozen(self.model)
         with _own_steps(self):  # what `model_init` makes may have adapters
             resumed = _checkpoint(self, resume_from_checkpoint) if attached else resume_from_checkpoint
             return train(self, resumed, *args, **kwargs)
@@ -114,7 +112,7 @@ def _loading(trainer: Any, inner: Callable[..., None]) -> Callable[..., None]:
         if found is None:
             inner(resume_from_checkpoint, model)
         else:
-            restore_attached(found, resume_from_checkpoint)
+            restore_parts(model if model is not None else trainer.model, resume_from_checkpoint)
 
     return load_from_checkpoint
 
@@ -125,7 +123,7 @@ def _loading_best(trainer: Any, inner: Callable[[], None]) -> Callable[[], None]
         if found is None:
             inner()
         else:
-            restore_attached(found, trainer.state.best_model_checkpoint)
+            restore_parts(trainer.model, trainer.state.best_model_checkpoint)
 
     return load_best_model
 
@@ -143,15 +141,19 @@ def _running(trainer: Any, inner: Callable[..., None]) -> Callable[..., None]:
 
 
 def _gathering(trainer: Any, inner: Callable[..., None]) -> Callable[..., None]:
-    """FSDP's way to save gathers the whole base on one process, to throw it away: only the adapter is gathered."""
+    """Saves the adapters where the trainer's own way would write the whole model, or gather it under FSDP."""
+    from transformers.trainer import Trainer
 
     def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
-        found = attached_within(trainer.model)
-        if found is None or not trainer.is_fsdp_enabled:
+        found, folder = attached_within(trainer.model), output_dir or trainer.args.output_dir
+        model = unwrapped(trainer.model)
+        own_way = type(trainer)._save is not Trainer._save or (found is model and hasattr(model, "save_pretrained"))
+        if found is None or (own_way and not trainer.is_fsdp_enabled):
             inner(output_dir, _internal_call)
+            if found is not None and trainer.args.should_save:
+                save_rest(trainer.model, folder)
             return
-        folder = output_dir or trainer.args.output_dir
-        save_attached(found, folder)
+        save_parts(trainer.model, folder, trainer.args.should_save)
         if trainer.args.should_save and trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(folder)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import adapters._bridge  # noqa: F401 - an attached model is a PeftModel, whichever package was asked first
 from adapters._trainers import newest_checkpoint
 
 if TYPE_CHECKING:
