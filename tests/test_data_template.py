@@ -367,3 +367,18 @@ def test_learned_is_what_the_assistant_says(
     whole = tokenizer.apply_chat_template(talk, tokenize=False)
     appended = "</s>" if template == ENDLESS else ""
     assert "".join(text.removesuffix(appended) if on else text for text, on in found) == whole
+
+
+def test_a_turn_of_weight_0_is_context() -> None:
+    talk = [
+        turn("user", "one"),
+        {**turn("assistant", "no"), "weight": 0},
+        turn("user", "two"),
+        {**turn("assistant", "yes"), "weight": 1},
+    ]
+    tokenizer = letters(CHATML, eos_token="<|im_end|>", pad_token="</s>")
+    done = prepare([{"messages": talk}], tokenizer)
+    (row,) = done.dataset
+    learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(learned) == "yes<|im_end|>"
+    assert "turns of weight 0 are context, not learned" in str(done.report)

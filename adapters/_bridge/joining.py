@@ -34,7 +34,7 @@ def add(model: nn.Module, name: str, config: Any) -> None:
     own, state = _own(config), state_of(model)
     assert state is not None, "only an attached model can be asked to add an adapter"
     source: Any = own.source
-    if source is not None and adapters_of(model).get(source.name) is source:
+    if source is not None and source in adapters_of(model).values():
         tensors = {key: tensor.detach().clone() for key, tensor in tensors_of(model, source.name).items()}
         kept: dict[str, Any] = {key: getattr(source, key) for key in ("head", "facts", "labels", "tokens")}
         install(model, name, source.method, source.sites, tensors, activate=False, **kept)

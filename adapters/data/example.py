@@ -38,17 +38,25 @@ class Example:
 def answers(turns: Sequence[Turn], start: int, learn: str) -> list[int]:
     """Which turns are learned: the assistant's from `start` on that answer a user, all of them or the last one.
 
+    A turn of `weight: 0` is context.
+
     Raises:
         Skip: there is none, or one of them is empty.
     """
     asked = next((i for i, turn in enumerate(turns) if turn["role"] in ("user", "tool")), len(turns))
     found = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= max(start, asked)]
+    found = [i for i in found if not is_context(turns[i])]
     if not found:
         raise Skip("no answer of an assistant")
     learned = found if learn == "all" else found[-1:]
     if any(is_empty(turns[i]) for i in learned):
         raise Skip("empty answer")
     return learned
+
+
+def is_context(turn: Turn) -> bool:
+    """Whether a turn says of itself that it is not to be learned: `weight: 0`, as OpenAI's format has it."""
+    return bool(turn.get("weight", 1) == 0)
 
 
 def is_empty(turn: Turn) -> bool:

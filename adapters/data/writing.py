@@ -8,7 +8,7 @@ from typing import Any
 
 from adapters._errors import AdapterError
 from adapters.data import plain
-from adapters.data.example import Example, Skip
+from adapters.data.example import Example, Skip, is_context
 from adapters.data.labels import Labelled, Piece, Speller, label
 from adapters.data.proof import split
 from adapters.data.template import Template, end_of_text
@@ -92,6 +92,8 @@ class Writing:
             found.append("turns after the last answer were left out: nothing is learned from them")
         if next((turn["role"] for turn in example.turns if turn["role"] != "system"), "") == "assistant":
             found.append("the assistant speaks first: what it says before a question is context, not learned")
+        if any(is_context(turn) for turn in example.turns):
+            found.append("turns of weight 0 are context, not learned")
         opening = self.template.opening.strip() if self.template else ""
         if opening and not any(turn["role"] == "system" for turn in example.turns):
             found.append(f"without a system turn the chat template begins with {opening!r}")
