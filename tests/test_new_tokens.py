@@ -162,6 +162,21 @@ def _steps(model: Any, trained: list[torch.nn.Parameter]) -> list[float]:
     return found
 
 
+def test_the_padding_token_is_not_trained_at_the_input() -> None:
+    """As torch's own lookup has it: a row that is only there to fill rows takes no gradient where it does."""
+    model, plain = llama(), llama()
+    assert plain.model.embed_tokens.padding_idx == 0
+    ids, found = {"input_ids": torch.tensor([[5, 0, 17, 9], [17, 3, 0, 0]])}, []
+    adapters.attach(model, "lora", name="fr", tokens=[0, 17])
+    for each, rows in ((model, rows_of(model)), (plain, {p: plain.get_parameter(p) for p in rows_of(model)})):
+        each(**ids).logits.pow(2).sum().backward()
+        found.append({path: tensor.grad[[0, 17] if len(tensor) > 2 else [0, 1]] for path, tensor in rows.items()})
+    for path, grad in found[1].items():
+        torch.testing.assert_close(found[0][path], grad, rtol=1e-4, atol=1e-4)
+    assert found[0]["model.embed_tokens.weight"].norm(dim=1).tolist()[0] == 0.0
+    assert found[0]["lm_head.weight"].norm(dim=1).min() > 0
+
+
 def test_no_table_is_formed_in_a_forward_and_its_gradient() -> None:
     model = llama()
     adapters.attach(model, "lora", name="fr", tokens=IDS)
@@ -283,6 +298,21 @@ def test_rows_beyond_the_vocabulary_are_used_as_they_are() -> None:
     assert "had already" in report.notes[0]
     assert tokenizer.get_vocab()["<out>"] == 265
     assert_same(snapshot(model), before)
+
+
+def test_tables_of_different_lengths_grow_to_one() -> None:
+    model, tokenizer = llama(vocabulary=264), chat.letters(None)
+    with torch.no_grad():
+        longer = torch.nn.Linear(64, 270, bias=False)
+        longer.weight[:264] = model.lm_head.weight
+    model.lm_head = longer
+    head, pieces = longer.weight.detach().clone(), tokenizer("<tool>").input_ids
+    report = adapters.add_tokens(model, tokenizer, "<tool>")
+    assert report.resized == {"model.embed_tokens.weight": (264, 270)}
+    assert torch.equal(model.lm_head.weight, head)
+    table = model.model.embed_tokens.weight
+    torch.testing.assert_close(table[264], table[pieces].mean(0), rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(table[265:], table[:264].mean(0).expand(5, -1), rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -512,9 +542,24 @@ def test_what_peft_cannot_say_is_said_to_be_so(tmp_path: Path) -> None:
         fresh = build()
         adapters.load(fresh, tmp_path / str(number))
         assert torch.equal(output(fresh, batch()), output(model, batch()))
+    silent, _ = trained(tied=True)
+    silent.config.tie_word_embeddings = False
+    assert "is tied, and the model's configuration does not say so" in adapters.save(silent, "fr", tmp_path).peft
 
 
 # merging
+
+
+def test_a_merge_is_measured_where_the_tokens_are() -> None:
+    """A classifier has no logits of tokens: without one among its inputs nothing would be compared."""
+    model = tiny.build("bert_classifier")
+    adapters.attach(model, "lora", name="fr", tokens=IDS)
+    with torch.no_grad():
+        for rows in rows_of(model).values():
+            rows.mul_(-2.0)
+    certificate = adapters.merge(model, "fr")
+    assert certificate.error < 1e-5
+    assert certificate.effect > 1e-3
 
 
 @pytest.mark.parametrize("where", BASES)
