@@ -657,6 +657,53 @@ def _dataset(rows: list[dict[str, Any]]) -> Any:
     return datasets.Dataset.from_list(rows)
 
 
+def _two(rank: int, folder: str) -> None:
+    """One of two processes: FSDP2 trains as one process does, tensor parallelism is refused."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meet")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for tied in (True, False):
+        grads = []
+        for sharded in (False, True):
+            model = llama(tied).train()
+            torch.manual_seed(3)
+            adapters.attach(model, "lora", name="fr", tokens=IDS)
+            shake(model, "fr")
+            for part in (*model.model.layers, model) if sharded else ():
+                fully_shard(part, mesh=mesh)
+            model(**batch(), labels=batch()["input_ids"]).loss.backward()
+            found = {key: tensor.grad for key, tensor in tensors_of(model, "fr").items()}
+            assert all(isinstance(grad, DTensor) == sharded for grad in found.values())
+            grads.append({key: grad.full_tensor() if sharded else grad for key, grad in found.items()})
+        for key, grad in grads[0].items():
+            assert grad.norm() > 0
+            torch.testing.assert_close(grads[1][key], grad, rtol=1e-5, atol=1e-6)
+        adapters.save(model, "fr", f"{folder}/{tied}")
+    split = llama()
+    adapters.attach(split, "lora", name="fr", tokens=IDS, targets=["attention.value"])
+    divided = distribute_tensor(split.lm_head._parameters["weight"].detach(), mesh, [Shard(0)])
+    split.lm_head._parameters["weight"] = torch.nn.Parameter(divided, requires_grad=False)
+    with pytest.raises(AdapterError, match=r"lm_head\.weight is split over processes by tensor parallelism"):
+        split(**batch())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_rows_train_on_two_processes_as_on_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_two, (str(tmp_path),), nprocs=2)
+    for tied in (True, False):
+        model, loaded = llama(tied), llama(tied)
+        torch.manual_seed(3)
+        adapters.attach(model, "lora", name="fr", tokens=IDS)
+        shake(model, "fr")
+        adapters.load(loaded, tmp_path / str(tied))
+        assert torch.equal(output(loaded, batch()), output(model, batch()))
+
+
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "bottleneck", "prefix"])

@@ -1,6 +1,7 @@
 """Attaching in place: class swap, tensors in children, one State a model."""
 
 from adapters._attach import (
+    divided,  # refuses forwards that would read a part of a weight
     positions,  # prepares position ids before forwards with a prefix
     products,  # the shortcuts of factored weights
 )
@@ -25,6 +26,7 @@ __all__ = [
     "base_parameters",
     "base_weight",
     "detach",
+    "divided",
     "install",
     "labels_of",
     "owners",

@@ -35,6 +35,7 @@ from adapters._attach.state import (
 )
 from adapters._attach.virtual import entry_call, layer_call
 from adapters._fourbit import stored_or_packed
+from adapters._sharded import is_sharded
 
 BASE = "_adapter_base_class"
 # faces: what a subclass adds, beside ENTER
@@ -245,6 +246,8 @@ def _reader(parameter: str) -> Callable[[nn.Module], Any]:
         raw = stored_or_packed(self._parameters[parameter])
         stored: Any = raw
         held, state = self._modules.get(CHILD), self.__dict__.get(STATE)
+        if not torch.compiler.is_compiling() and is_sharded(raw):
+            return raw  # its owner is not running: FSDP2 itself asks (`divided` has refused all else)
         if held is not None and state is not None:
             for adapter in selection(state):
                 entry = held._modules.get(f"{adapter.slot}-{parameter}")
