@@ -41,9 +41,9 @@ def tokens() -> Any:
     return tokenizer
 
 
-def llama(seed: int = 0) -> Any:
+def llama(seed: int = 0, hidden: int = 32, wide: int = 48) -> Any:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": 2, "num_attention_heads": 4}
     special = {"pad_token_id": 256, "eos_token_id": 256, "bos_token_id": None}
     model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=260, num_key_value_heads=2, **sizes, **special))
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_going_on_from_a_folder_and_with_an_attached_adapter(tmp_path: Path) -> 
 
 
 def test_a_base_by_its_folder_with_its_tokenizer_and_dtype(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path / "base")
+    llama(hidden=64, wide=128).save_pretrained(tmp_path / "base")  # whole blocks of 4 bits
     tokens().save_pretrained(tmp_path / "base")
     args = arguments(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
     trainer = SFTTrainer(str(tmp_path / "base"), args, train_dataset=ROWS, adapter="lora")

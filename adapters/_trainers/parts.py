@@ -84,8 +84,15 @@ def _place(folder: str, index: int, found: dict[str, nn.Module]) -> str:
 
 
 def _rest(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model's state that lie in none of the attached ones."""
-    inner, found = unwrapped(model), attached_parts(model)
-    inside = {id(t) for part in found.values() for t in (*part.parameters(), *part.buffers())}
-    held = inner.state_dict(keep_vars=True)
-    return {key: tensor for key, tensor in held.items() if isinstance(tensor, Tensor) and id(tensor) not in inside}
+    """The tensors of a model's state that lie in none of the attached ones, under any of their names."""
+    found = attached_parts(model)
+    if "" in found:
+        return {}
+    inside = {id(tensor) for part in found.values() for tensor in (*part.parameters(), *part.buffers())}
+    prefixes = tuple(f"{path}." for path in found)
+    held = unwrapped(model).state_dict(keep_vars=True)
+    return {
+        key: tensor
+        for key, tensor in held.items()
+        if isinstance(tensor, Tensor) and id(tensor) not in inside and not key.startswith(prefixes)
+    }
