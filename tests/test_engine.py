@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapters
-from adapters._attach import tensors_of
+from adapters._attach import install, tensors_of
 
 BATCH = tiny.inputs("llama")
 
@@ -239,3 +239,16 @@ def test_reports_count_what_is_there() -> None:
     text = str(report)
     assert "router" in str(report.left) or "routing" in str(report.left)
     assert "%" in text
+
+
+def test_tensors_go_where_the_weights_are() -> None:
+    """Files are read on the CPU; the device without data stands for an accelerator."""
+    made = tiny.build("llama")
+    adapters.attach(made, "lora", name="fr", rank=2)
+    adapter, tensors = adapters.adapters_of(made)["fr"], {k: t.detach() for k, t in tensors_of(made, "fr").items()}
+    model = tiny.build("llama")
+    model.model.layers[1].to("meta")
+    install(model, "fr", adapter.method, adapter.sites, tensors)
+    found = {key: tensor.device.type for key, tensor in tensors_of(model, "fr").items()}
+    assert {kind for key, kind in found.items() if ".layers.1." in key} == {"meta"}
+    assert {kind for key, kind in found.items() if ".layers.0." in key} == {"cpu"}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from adapters._attach.container import (
@@ -72,7 +73,8 @@ def make_entries(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tenso
         given = held.pop(site.path, None)
         if not given:
             raise AdapterError(f"adapter {adapter.name!r} has no tensors for its site {site.path}.")
-        made += _at_site(model, adapter, site, given)
+        device = device_of(model, site)
+        made += _at_site(model, adapter, site, {key: tensor.to(device) for key, tensor in given.items()})
     layers = tuple(site for site in adapter.sites if isinstance(site, LayerSite))
     made += [Made(entry_of_layers(model, layers), adapter.slot, None, TOKENS)] if layers else []
     made += [Made(path, adapter.slot, replica_of(model, path, held.pop(path, {})), CALL) for path in adapter.head]
@@ -82,6 +84,13 @@ def make_entries(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tenso
         raise AdapterError(f"adapter {adapter.name!r} has tensors for {next(iter(held))}, which is none of its sites.")
     _check_places(model, adapter, made)
     return made
+
+
+def device_of(model: nn.Module, site: Site) -> torch.device:
+    """Where an adapter's tensors at a site belong: beside the weights there."""
+    owner = site.owner if isinstance(site, WeightSite) else site.path
+    here = next(submodule(model, owner).parameters(), None)
+    return here.device if here is not None else next(model.parameters()).device
 
 
 def _rows(model: nn.Module, adapter: Adapter, given: Mapping[str, Tensor]) -> list[Made]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import _registry
-from adapters._attach.entries import check_free
+from adapters._attach.entries import check_free, device_of
 from adapters._attach.heads import bare_copy, chosen_heads
 from adapters._attach.install import base_parameters, check_attachable, install, remove
 from adapters._attach.labels import labels_of, show_labels
@@ -221,7 +221,7 @@ def _fresh(
         elif isinstance(method, StreamMethod) and isinstance(site, StreamSite):
             by_site[site.path] = method.at(site).init(site)
     tensors = {
-        f"{site.path}:{key}": tensor.to(_device(model, site))
+        f"{site.path}:{key}": tensor.to(device_of(model, site))
         for site in chosen
         for key, tensor in by_site[site.path].items()
     }
@@ -231,11 +231,6 @@ def _fresh(
 def _start_dtype(method: Method, key: str, asked: torch.dtype) -> torch.dtype:
     precise = method.precise if isinstance(method, WeightMethod) else ()
     return torch.float32 if key.rpartition(":")[2] in precise else asked
-
-
-def _device(model: nn.Module, site: Site) -> torch.device:
-    here = next(model.get_submodule(_owner(site)).parameters(), None)
-    return here.device if here is not None else next(model.parameters()).device
 
 
 def _owner(site: Site) -> str:
