@@ -87,10 +87,10 @@ class PeftFace:
     @property
     def model(self) -> Any:
         """Of a model that is its own `base_model`: itself, as `base_model.model` means the root."""
-        own = _module(self)._modules.get("model")
-        if own is None and getattr(self, "base_model", None) is not self:
+        modules, prefix = _module(self)._modules, getattr(self, "base_model_prefix", "")
+        if "model" not in modules and (prefix == "model" or prefix in modules):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'model'")
-        return own if own is not None else self
+        return modules.get("model", self)
 
     def get_base_model(self) -> Any:
         """The model itself: attaching wraps nothing."""
