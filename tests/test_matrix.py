@@ -15,7 +15,7 @@ from tests.matrix.reviewed import reviewed
 from tests.matrix.table import table
 
 ROOT = Path(__file__).parent.parent
-EVERY = 30
+EVERY = int(os.environ.get("MATRIX_EVERY", "30"))  # of so many pairs of a head, one
 
 
 def matrix(results: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
