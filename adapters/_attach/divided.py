@@ -7,13 +7,15 @@ parameter is whole. Under tensor parallelism it never is, and what stands in for
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from adapters._attach.container import CHILD
-from adapters._attach.state import State, selection
+from adapters._attach.entries import submodule
+from adapters._attach.state import ENTER, FACES, Adapter, State, selection
 from adapters._attach.swap import before_forward
+from adapters._contract import WeightSite
 from adapters._errors import AdapterError
 from adapters._sharded import is_sharded
 
@@ -24,18 +26,22 @@ def refuse_divided_tables(
     """Raises before a forward in which a weight that an adapter changes as it is read is split for good."""
     if "torch.distributed.tensor" not in sys.modules:
         return args, kwargs
-    slots = tuple(f"{adapter.slot}-" for adapter in selection(state))
-    for path, module in model.named_modules():
-        held = module._modules.get(CHILD)
-        if held is None or not any(key.startswith(slots) for key in held._modules):
-            continue
-        for name, parameter in module._parameters.items():
-            if parameter is not None and is_sharded(parameter) and not _by_fsdp_alone(model, parameter):
-                raise AdapterError(
-                    f"{path}.{name} is split over processes by tensor parallelism, and an adapter changes it as it is "
-                    "read: leave it out of targets= and tokens= out, or use FSDP2 or DDP."
-                )
+    below = "" if ENTER in model.__dict__[FACES] else state.base_path  # what is called may be a part of the root
+    for path in (path for adapter in selection(state) for path in _read(adapter) if path.startswith(below)):
+        owner, _, name = path.removeprefix(below).rpartition(".")
+        parameter = submodule(model, owner)._parameters[name]
+        if parameter is not None and is_sharded(parameter) and not _by_fsdp_alone(model, parameter):
+            raise AdapterError(
+                f"{path} is split over processes by tensor parallelism, and an adapter changes it as it is read: leave "
+                "it out of targets= and tokens=, or use FSDP2 or DDP."
+            )
     return args, kwargs
+
+
+def _read(adapter: Adapter) -> Iterator[str]:
+    """The weights that an adapter changes as they are read."""
+    yield from (site.path for site in adapter.sites if isinstance(site, WeightSite) and site.access == "read")
+    yield from adapter.tokens.tables if adapter.tokens is not None else ()
 
 
 def _by_fsdp_alone(model: nn.Module, parameter: Tensor) -> bool:
