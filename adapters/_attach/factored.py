@@ -100,15 +100,25 @@ class Factored:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        name = "grouped_mm" if "grouped_mm" in str(func) else getattr(func, "__name__", str(func))
-        shortcut = shortcuts.get(name)
-        if shortcut is not None:
-            done = shortcut(func, args, kwargs)
-            if done is not None:
-                return done
+        return answered(cls, shortcuts, func, args, kwargs)
 
-        def formed(value: Any) -> Any:
-            return value.dense(name) if isinstance(value, Factored) else value
 
-        return func(*tree_map(formed, args), **tree_map(formed, kwargs))
+def answered(
+    cls: type[Any],
+    shortcuts: Mapping[str, Shortcut],
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+) -> Any:
+    """What a torch function gives for arguments of `cls`, which stands in for a weight: by a shortcut, else densely."""
+    kwargs = dict(kwargs or {})
+    name = "grouped_mm" if "grouped_mm" in str(func) else getattr(func, "__name__", str(func))
+    shortcut = shortcuts.get(name)
+    done = shortcut(func, args, kwargs) if shortcut is not None else None
+    if done is not None:
+        return done
+
+    def formed(value: Any) -> Any:
+        return value.dense(name) if isinstance(value, cls) else value
+
+    return func(*tree_map(formed, args), **tree_map(formed, kwargs))

@@ -13,9 +13,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from adapters._attach.factored import _METADATA, Factored, formed_densely
+from adapters._attach.factored import _METADATA, Factored, answered, formed_densely
 from adapters._attach.scaled import ScaledWeight
 from adapters._fourbit import Packed, Readable, as_dense
 
@@ -55,17 +54,7 @@ class Revised:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", str(func))
-        shortcut = _SHORTCUTS.get(name)
-        done = shortcut(func, args, kwargs) if shortcut is not None else None
-        if done is not None:
-            return done
-
-        def formed(value: Any) -> Any:
-            return value.dense(name) if isinstance(value, Revised) else value
-
-        return func(*tree_map(formed, args), **tree_map(formed, kwargs))
+        return answered(cls, _SHORTCUTS, func, args, kwargs)
 
 
 def rows_key(slot: str, parameter: str) -> str:

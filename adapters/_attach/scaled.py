@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from adapters._attach.factored import _METADATA, Factored, formed_densely
+from adapters._attach.factored import _METADATA, Factored, answered, formed_densely
 from adapters._fourbit import Readable, as_dense
 
 
@@ -76,18 +75,7 @@ class ScaledWeight:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        name = "grouped_mm" if "grouped_mm" in str(func) else getattr(func, "__name__", str(func))
-        shortcut = _SHORTCUTS.get(name)
-        if shortcut is not None:
-            done = shortcut(func, args, kwargs)
-            if done is not None:
-                return done
-
-        def formed(value: Any) -> Any:
-            return value.dense(name) if isinstance(value, ScaledWeight) else value
-
-        return func(*tree_map(formed, args), **tree_map(formed, kwargs))
+        return answered(cls, _SHORTCUTS, func, args, kwargs)
 
 
 def _times(x: Tensor, scales: Tensor | None) -> Tensor:

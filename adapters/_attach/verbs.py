@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import _registry
-from adapters._attach.entries import check_free, device_of
+from adapters._attach.entries import check_free
 from adapters._attach.heads import bare_copy, chosen_heads
 from adapters._attach.install import base_parameters, check_attachable, install, remove
 from adapters._attach.labels import labels_of, show_labels
@@ -220,11 +220,7 @@ def _fresh(
             by_site[site.path] = method.at(site).init(site, base_weight(model, site))
         elif isinstance(method, StreamMethod) and isinstance(site, StreamSite):
             by_site[site.path] = method.at(site).init(site)
-    tensors = {
-        f"{site.path}:{key}": tensor.to(device_of(model, site))
-        for site in chosen
-        for key, tensor in by_site[site.path].items()
-    }
+    tensors = {f"{site.path}:{key}": tensor for site in chosen for key, tensor in by_site[site.path].items()}
     return method, tensors, facts
 
 
