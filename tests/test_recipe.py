@@ -149,7 +149,8 @@ class Tiny(torch.nn.Module):
 
 
 def test_the_loss_equals_the_full_computation_on_fewer_positions() -> None:
-    from adapters.train.loss import answer_loss, collate
+    from adapters.train.batches import PaddedRows
+    from adapters.train.loss import score
 
     torch.manual_seed(0)
     model = Tiny()
@@ -158,9 +159,9 @@ def test_the_loss_equals_the_full_computation_on_fewer_positions() -> None:
         {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]},
         {"input_ids": [3, 0], "labels": [-100, 0]},  # the padding token is learned, the padding is not
     ]
-    batch = collate(rows, pad=0)
+    batch = PaddedRows(0)(rows)
     assert batch["attention_mask"].sum() == 10
-    found = answer_loss(model, batch)
+    found = score(model, batch, columns_only=True).total
     assert model.positions == 3 * 4
     full = model(batch["input_ids"], batch["attention_mask"], False).logits[:, :-1]
     expected = F.cross_entropy(full.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
@@ -203,7 +204,8 @@ def test_the_trainer_averages_over_the_tokens_of_a_whole_step(tmp_path: Path) ->
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     import adapters
-    from adapters.train.loss import answer_loss, collate
+    from adapters.train.batches import PaddedRows
+    from adapters.train.loss import score
     from adapters.train.recipe import Training
     from adapters.train.sft import make_trainer
 
@@ -215,7 +217,7 @@ def test_the_trainer_averages_over_the_tokens_of_a_whole_step(tmp_path: Path) ->
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="2", pad_token="2")
     rows = [{"input_ids": [3, 4, 5, *([6] * n)], "labels": [-100, -100, -100, *([6] * n)]} for n in (1, 2, 3, 6)]
     with torch.no_grad():  # before training: the first step's loss is the one of fresh tensors
-        expected = answer_loss(model, collate(rows, 2)).item() / 12
+        expected = score(model, PaddedRows(2)(rows), columns_only=True).total.item() / 12
     training = Training(steps=1, batch=4, micro_batch=2, warmup=0)
     trainer = make_trainer(model, tokenizer, Dataset.from_list(rows), training, str(tmp_path), Console(quiet=True))
     trainer.train()

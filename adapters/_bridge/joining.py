@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from adapters._attach import activate, adapters_of, attach, install, set_trainable, state_of, tensors_of
 from adapters._bridge.config import AdaptersConfig
@@ -57,7 +58,7 @@ def join(model: nn.Module, config: Any, adapter_name: str = "default", **kwargs:
     def load_adapter(model_id: str, name: str, is_trainable: bool = False, **ignored: Any) -> Any:
         del model.__dict__["load_adapter"]
         load(model, model_id, name, trainable=is_trainable)
-        return type("Loaded", (), {"missing_keys": [], "unexpected_keys": []})
+        return _IncompatibleKeys([], [])
 
     model.__dict__["load_adapter"] = load_adapter
     return model

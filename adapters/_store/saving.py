@@ -51,8 +51,9 @@ def save(
         AdapterError: no such adapter, a tensor that is not finite, or a folder that cannot be written.
     """
     adapter = _find(model, name)
-    require_gatherable(tensors_of(model, name))
-    tensors, notes = _cast(tensors_of(model, name), dtype)
+    held = tensors_of(model, name)
+    require_gatherable(held)
+    tensors, notes = _cast(held, dtype)
     try:
         require_finite(tensors, f"{name!r} was not saved")
     except DamagedAdapter as error:  # here the model holds the damage, not a file
@@ -69,7 +70,7 @@ def save(
     else:
         owned.remove(CARD)
         notes.append(f"{CARD} was written by someone else and stays as it is.")
-    if not any(is_sharded(tensor) for tensor in tensors_of(model, name).values()) or is_first_process():
+    if not any(map(is_sharded, held.values())) or is_first_process():
         commit.write(folder, files, owned)
     sizes = {key: len(content) for key, content in files.items()}
     return SaveReport(os.fspath(folder), name, sizes, len(tensors), parameters, peft, tuple(notes))

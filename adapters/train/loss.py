@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from adapters._attach.state import unwrapped
 from adapters._evaluating import evaluating
 from adapters.data.tokens import IGNORED
-from adapters.train.batches import PaddedRows
 from adapters.train.packing import block_mask
 
 
@@ -29,20 +28,6 @@ class Scored:
     outputs: Any  # the model's own
 
 
-def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The cross-entropy summed over the labelled tokens of a batch, in nats.
-
-    Equal to the loss over all positions, but the vocabulary-sized logits exist only for the positions that predict a
-    label in some row: on a CPU the output layer over every position costs more than all the layers below it.
-
-    Args:
-        model: a causal language model.
-        batch: `input_ids` and `labels`, `(rows, tokens)`, with an `attention_mask` where rows are padded on the right,
-            or `position_ids` where documents share a row; labels are -100 where nothing is learned.
-    """
-    return score(model, batch, _takes_columns(model)).total
-
-
 def score(
     model: Any,
     batch: Mapping[str, Any],
@@ -52,9 +37,13 @@ def score(
 ) -> Scored:
     """Runs a batch and compares the predictions with its labels.
 
+    With `columns_only` the vocabulary-sized logits exist only for the positions that predict a label in some row: on a
+    CPU the output layer over every position costs more than all the layers below it.
+
     Args:
         model: a causal language model, wrapped or not.
-        batch: as in `answer_loss`.
+        batch: `input_ids` and `labels`, `(rows, tokens)`, with an `attention_mask` where rows are padded on the right,
+            or `position_ids` where documents share a row; labels are -100 where nothing is learned.
         columns_only: the model takes the positions whose logits are wanted; otherwise all are computed.
         mask: the dtype of the block-diagonal mask that keeps documents in a row apart; None: `position_ids` do.
         inputs: further arguments of the forward.
@@ -92,11 +81,6 @@ def takes_columns(model: Any) -> bool:
             return False
     tolerance = torch.finfo(whole.dtype).eps ** 0.5 * float(whole.abs().max())
     return kept.shape == whole.shape and torch.allclose(kept, whole, rtol=0, atol=tolerance)
-
-
-def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad: int) -> dict[str, Tensor]:
-    """Rows of `input_ids` and `labels` as one batch, padded on the right with the token `pad`."""
-    return PaddedRows(pad)(rows)
 
 
 def _takes_columns(model: Any) -> bool:
