@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 
+from tests.matrix import versioned
 from tests.matrix.pairs import Pair
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft")
@@ -32,9 +31,12 @@ class Row:
         return Pair(self.head, self.type, self.cls)
 
 
+NAMES = [field.name for field in fields(Row)]
+
+
 def versions() -> str:
     """The versions of the libraries that decide the results."""
-    return ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
+    return versioned.versions(LIBRARIES)
 
 
 def read(path: Path) -> list[Row]:
@@ -43,27 +45,16 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: the file was made with other versions.
     """
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        head, _, *rows = csv.reader(file)
-    if head != ["versions", versions()]:
-        raise ValueError(f"{path} was made with {head[-1]}, and {versions()} is installed: remove it, or name another.")
-    found = [Row(*row[:-1], float(row[-1])) for row in rows if len(row) == len(fields(Row))]
+    found = [Row(*row[:-1], float(row[-1])) for row in versioned.lines(path, LIBRARIES, NAMES)]
     done = {row.pair for row in found if row.method == DONE}
     return [row for row in found if row.pair in done]
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Starts the file anew with `rows`."""
-    with path.open("w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(["versions", versions()])
-        out.writerow([field.name for field in fields(Row)])
-        out.writerows(astuple(row) for row in rows)
+    versioned.start(path, LIBRARIES, NAMES, map(astuple, rows))
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Adds the rows of one pair; a reader ignores them until its last is there."""
-    with path.open("a", newline="") as file:
-        csv.writer(file).writerows(astuple(row) for row in rows)
+    versioned.add(path, map(astuple, rows))

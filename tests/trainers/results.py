@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tests.matrix import versioned
 from tests.trainers.cases import Case
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "sentence-transformers", "bitsandbytes")
@@ -47,9 +46,12 @@ class Row:
         return Case(self.loop, self.method, self.checkpointing, self.rows, self.base, self.join)
 
 
+NAMES = [field.name for field in fields(Row)]
+
+
 def versions() -> str:
     """The versions of the libraries that decide the results."""
-    return ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
+    return versioned.versions(LIBRARIES)
 
 
 def read(path: Path) -> list[Row]:
@@ -58,26 +60,14 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: the file was made with other versions.
     """
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        head, _, *rows = csv.reader(file)
-    if head != ["versions", versions()]:
-        raise ValueError(f"{path} was made with {head[-1]}, and {versions()} is installed: remove it, or name another.")
-    whole = [row for row in rows if len(row) == len(fields(Row)) and row[-1] == DONE]
-    return [Row(*row[:-2], float(row[-2])) for row in whole]
+    return [Row(*row[:-2], float(row[-2])) for row in versioned.lines(path, LIBRARIES, NAMES) if row[-1] == DONE]
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Starts the file anew with `rows`."""
-    with path.open("w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(["versions", versions()])
-        out.writerow([field.name for field in fields(Row)])
-        out.writerows(astuple(row) for row in rows)
+    versioned.start(path, LIBRARIES, NAMES, map(astuple, rows))
 
 
 def append(path: Path, row: Row) -> None:
     """Adds one row."""
-    with path.open("a", newline="") as file:
-        csv.writer(file).writerow(astuple(row))
+    versioned.add(path, [astuple(row)])
