@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from adapters._merge import Certificate, merge
     from adapters._quantize import QuantizeReport, quantize
     from adapters._sites import SiteMap, explain, sites
-    from adapters._store import AdapterInfo, LoadReport, SaveReport, inspect, load, restore, save, swap
+    from adapters._store import AdapterInfo, Bundle, LoadReport, SaveReport, inspect, load, read, restore, save, swap
     from adapters._tokens import TokensReport, add_tokens
 
 _WHERE = {
@@ -50,7 +50,7 @@ _WHERE = {
     "_merge": "Certificate merge",
     "_quantize": "QuantizeReport quantize",
     "_sites": "SiteMap explain sites",
-    "_store": "AdapterInfo LoadReport SaveReport inspect load restore save swap",
+    "_store": "AdapterInfo Bundle LoadReport SaveReport inspect load read restore save swap",
     "_tokens": "TokensReport add_tokens",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
@@ -61,6 +61,7 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "AttachReport",
+    "Bundle",
     "Certificate",
     "DamagedAdapter",
     "Factors",
@@ -95,6 +96,7 @@ __all__ = [
     "methods",
     "peft_config",
     "quantize",
+    "read",
     "restore",
     "save",
     "sites",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import adapters
 from adapters._attach import tensors_of
 from adapters._sites import site_of, site_record
-from adapters._store import record
+from adapters._store import lines
 from adapters._store.bundle import CARD, CONFIG, RECORD, WEIGHTS
 
 METHODS = ["lora", "qlora", "dora", "ia3", "bottleneck", "prefix"]
@@ -172,8 +172,8 @@ def forge(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], ob
     weights = safetensors.torch.save(tensors)
     (folder / WEIGHTS).write_bytes(weights)
     found["files"][WEIGHTS] = {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
-    found["digest"] = hashlib.sha256(record._text({**found, "digest": ""})).hexdigest()
-    (folder / RECORD).write_bytes(record._text(found))
+    found["digest"] = hashlib.sha256(lines.text({**found, "digest": ""})).hexdigest()
+    (folder / RECORD).write_bytes(lines.text(found))
 
 
 def first(tensors: dict[str, Tensor]) -> str:

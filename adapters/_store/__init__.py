@@ -1,8 +1,11 @@
 """Adapter folders: written in one step, read strictly, tied to their base by a fingerprint."""
 
 from adapters._attach import swap as _classes
+from adapters._store.bundle import Bundle
 from adapters._store.fingerprints import check, fingerprint
-from adapters._store.loading import inspect, load, swap
+from adapters._store.inspecting import inspect
+from adapters._store.loading import load, swap
+from adapters._store.reading import read
 from adapters._store.reports import AdapterInfo, LoadReport, SaveReport
 from adapters._store.restoring import restore, restore_attached
 from adapters._store.saving import save, save_attached
@@ -11,12 +14,14 @@ _classes.save_attached = save_attached  # `save_pretrained` of an adapted model 
 
 __all__ = [
     "AdapterInfo",
+    "Bundle",
     "LoadReport",
     "SaveReport",
     "check",
     "fingerprint",
     "inspect",
     "load",
+    "read",
     "restore",
     "restore_attached",
     "save",

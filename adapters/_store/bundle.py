@@ -14,14 +14,18 @@ from adapters._contract import Method, Site
 from adapters._errors import AdapterError, DamagedAdapter
 from adapters._finite import finite
 from adapters._registry import get
+from adapters._sites import SiteMap
 
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "adapter.json", "README.md"
 OWNED = (WEIGHTS, CONFIG, RECORD, CARD)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Bundle:
-    """One adapter: its method, sites, trained heads, tokens and tensors, under the names that `tensors_of` gives."""
+    """One adapter: its method, sites, trained heads, tokens and tensors, under the names that `tensors_of` gives.
+
+    What `adapters.read` returns: a folder kept in memory, which `adapters.load` and `adapters.swap` take in its place.
+    """
 
     name: str
     method: Method
@@ -34,9 +38,19 @@ class Bundle:
     labels: Mapping[str, str] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
-    map: Mapping[str, Any] | None = None  # every site of the base, as SiteMap.to_dict gives them
+    map: SiteMap | None = None  # every site of the base
     tokens: Tokens | None = None  # whose rows it trains
     notes: tuple[str, ...] = ()
+    folder: str = ""  # where it was read from
+    base_digest: str = ""  # of the text of `base`, where it was read from a folder
+    seen: int | None = None  # `versions(tensors)` when their values were looked at; None: they were not
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def __repr__(self) -> str:
+        return f"Bundle({self.name!r}, {self.method!r}, {self.parameters:,} parameters at {len(self.sites)} sites)"
 
 
 def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -44,6 +58,13 @@ def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not finite(tensor):
             raise DamagedAdapter(f"{where}: the tensor {key} holds values that are not finite.")
+
+
+def versions(tensors: Mapping[str, Tensor]) -> int | None:
+    """A number that grows with every in-place change of any of the tensors; None where torch does not count them."""
+    if any(tensor.is_inference() for tensor in tensors.values()):
+        return None
+    return sum(tensor._version for tensor in tensors.values())
 
 
 def method_record(method: Method) -> dict[str, Any]:

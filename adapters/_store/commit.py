@@ -44,6 +44,15 @@ class View(Mapping[str, bytes]):
         with os.fdopen(fd, "rb") as file:
             return file.read()
 
+    def into(self, name: str, buffer: memoryview) -> int:
+        """Reads a file into `buffer`, from its beginning, without another copy; returns how many bytes there were."""
+        fd = os.open(self.where[name], os.O_RDONLY)
+        with os.fdopen(fd, "rb", buffering=0) as file:
+            done = 0
+            while done < len(buffer) and (more := file.readinto(buffer[done:])):
+                done += more
+            return done
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)
 

@@ -116,13 +116,13 @@ def _within(path: str, modules: Collection[str]) -> bool:
     return any(path.startswith(f"{module}.") for module in modules)
 
 
-def _entries(recorded: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], int]:
+def _entries(recorded: Mapping[str, Any]) -> tuple[Mapping[str, Mapping[str, Any]], int]:
     entries, blocks = recorded.get("parameters"), recorded.get("blocks")
     known = recorded.get("format") == FORMAT and isinstance(recorded.get("class"), str)
-    if not known or not isinstance(entries, dict) or not isinstance(blocks, int) or "model_type" not in recorded:
+    if not known or not isinstance(entries, Mapping) or not isinstance(blocks, int) or "model_type" not in recorded:
         raise DamagedAdapter("the record of the adapter's base is not one that this version can read.")
     for entry in entries.values():
-        if not isinstance(entry, dict) or not isinstance(entry.get("sampled"), bool):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("sampled"), bool):
             raise DamagedAdapter("the record of the adapter's base holds something other than weights.")
     return entries, blocks
 

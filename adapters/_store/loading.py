@@ -1,41 +1,38 @@
-"""Reads adapter folders: everything is checked before the model changes."""
+"""Puts saved adapters into models: everything is checked before the model changes."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
-from adapters._attach import adapters_of, install, labels_of, replace, require_rows, state_of, unwrapped
-from adapters._contract import Site
-from adapters._errors import AdapterError, DamagedAdapter, WrongBase, nearest
-from adapters._interop.peft_read import parse_config, understand
-from adapters._sites import SiteMap, sites
-from adapters._store import commit
-from adapters._store.bundle import CONFIG, OWNED, RECORD, WEIGHTS, Bundle, method_record, require_finite
-from adapters._store.fingerprints import check
-from adapters._store.record import decode, parse
-from adapters._store.reports import AdapterInfo, LoadReport
+from adapters._attach import adapters_of, install, labels_of, replace, state_of
+from adapters._errors import AdapterError, nearest
+from adapters._sites import SiteMap
+from adapters._store.basecheck import check_base
+from adapters._store.bundle import Bundle, require_finite, versions
+from adapters._store.reading import open_folder
+from adapters._store.reading import resolve as resolve
+from adapters._store.reports import LoadReport
 
 Force = Literal["wrong-base"]
-LARGEST_CONFIG = 16 << 20  # bytes
-UNCHECKED = "could not be checked: the folder carries no record of its base"
+Source: TypeAlias = str | os.PathLike[str] | Bundle
 
 
 def load(
     model: nn.Module,
-    folder: str | os.PathLike[str],
+    source: Source,
     name: str | None = None,
     trainable: bool = False,
     activate: bool = True,
     force: Force | None = None,
 ) -> LoadReport:
-    """Adds the adapter in `folder` (or in a Hub repository) to `model`.
+    """Adds a saved adapter to `model`.
 
     Args:
+        source: a folder, a Hub repository, or what `adapters.read` returned.
         name: what to call it here; None takes the recorded name.
         trainable: whether it goes on training; otherwise it is frozen.
         activate: whether it acts at once.
@@ -46,35 +43,30 @@ def load(
         DamagedAdapter: a file is missing, truncated or altered, or holds values that are not finite.
         AdapterError: the name is taken, or the folder holds something that this version cannot read.
     """
-    place, bundle, notes = read_folder(model, folder)
+    bundle = opened(source, model)
     base = check_base(model, bundle, force)
     chosen = name if name is not None else bundle.name
-    install(
-        model,
-        chosen,
-        bundle.method,
-        bundle.sites,
-        bundle.tensors,
-        head=bundle.head,
-        trainable=trainable,
-        activate=activate,
-        facts=bundle.facts,
-        labels=bundle.labels,
-        tokens=bundle.tokens,
-        map=_map(model, bundle),
-    )
-    return report(place, chosen, bundle, base, notes)
+    notes = notes_on(model, bundle)
+    tensors = _own(bundle.tensors) if trainable or bundle is source else bundle.tensors
+    kept = {**_kept(bundle), "map": _map(model, bundle)}
+    install(model, chosen, bundle.method, bundle.sites, tensors, trainable=trainable, activate=activate, **kept)
+    return report(bundle, chosen, base, notes)
 
 
-def _map(model: nn.Module, bundle: Bundle) -> SiteMap | None:
-    """The map of the base's sites that the adapter brought along, where none is known yet."""
-    state = state_of(model)
-    known = state is not None and state.map is not None
-    return SiteMap.from_dict(bundle.map) if bundle.map is not None and not known else None
+def swap(
+    model: nn.Module,
+    name: str,
+    source: Source,
+    force: Force | None = None,
+    check: bool = True,
+) -> LoadReport:
+    """Replaces the adapter `name` of `model` by a saved one, in place and all or nothing.
 
-
-def swap(model: nn.Module, name: str, folder: str | os.PathLike[str], force: Force | None = None) -> LoadReport:
-    """Replaces the adapter `name` of `model` by the one in `folder`, in place and all or nothing.
+    Args:
+        source: a folder, a Hub repository, or what `adapters.read` returned.
+        force: "wrong-base" puts it on another base than it was trained on.
+        check: False skips the digests, the look for values that are not finite and the comparison of the base, and the
+            report says so; shapes, sites and the method are checked all the same.
 
     Raises:
         WrongBase, DamagedAdapter, AdapterError: as `load`; the old adapter then stays.
@@ -82,171 +74,59 @@ def swap(model: nn.Module, name: str, folder: str | os.PathLike[str], force: For
     attached = adapters_of(model)
     if name not in attached:
         raise AdapterError(f"no adapter {name!r} on this model{nearest(name, attached)} Use adapters.load to add one.")
-    place, bundle, notes = read_folder(model, folder)
-    base = check_base(model, bundle, force)
-    kept: dict[str, Any] = {
-        "head": bundle.head,
-        "facts": bundle.facts,
-        "labels": bundle.labels,
-        "tokens": bundle.tokens,
-    }
-    replace(model, name, bundle.method, bundle.sites, bundle.tensors, **kept)
-    return report(place, name, bundle, base, notes)
+    bundle = opened(source, model, check)
+    base = check_base(model, bundle, force, check)
+    notes = notes_on(model, bundle)
+    tensors = _own(bundle.tensors) if attached[name].trainable or bundle is source else bundle.tensors
+    replace(model, name, bundle.method, bundle.sites, tensors, **_kept(bundle))
+    return report(bundle, name, base, notes)
 
 
-def inspect(folder: str | os.PathLike[str]) -> AdapterInfo:
-    """What a folder holds, every digest, shape and value verified, without a model.
+def opened(source: Source, model: nn.Module, check: bool = True) -> Bundle:
+    """The bundle itself, or the folder's; one whose tensors were changed since they were looked at is looked through.
 
     Raises:
-        DamagedAdapter, AdapterError: as `load`.
+        DamagedAdapter: a value is not finite, or as `adapters.read`.
     """
-    place = resolve(folder)
-    with commit.reading(place) as view:
-        files = {name: view.size(name) for name in OWNED if name in view}
-        if RECORD not in view:
-            return _inspect_peft(place, view, files)
-        bundle = decode(view)
-    base = {key: str((bundle.base or {}).get(key) or "") for key in ("name", "class", "model_type")}
-    record = method_record(bundle.method)
-    return AdapterInfo(
-        folder=place,
-        name=bundle.name,
-        method=record["name"],
-        hyperparameters=record["fields"],
-        roles=dict(Counter(site.role for site in bundle.sites)),
-        head=bundle.head,
-        tensors=len(bundle.tensors),
-        parameters=_parameters(bundle),
-        files=files,
-        base=base,
-        labels=bundle.labels,
-        versions=bundle.versions,
-        facts={**bundle.facts, **({"tokens": str(bundle.tokens)} if bundle.tokens is not None else {})},
-        training=bundle.training,
-        created=bundle.created,
-    )
-
-
-def resolve(folder: str | os.PathLike[str]) -> str:
-    """The local folder that a path or a Hub id means; a Hub repository's adapter files are fetched once and cached."""
-    place = os.fspath(folder)
-    if os.path.isdir(place):
-        return place
-    if os.path.exists(place) or not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", place):
-        raise AdapterError(f"{place} is no adapter folder: give a folder, or a Hub id such as 'org/name'.")
-    try:
-        from huggingface_hub import snapshot_download
-
-        return str(snapshot_download(place, allow_patterns=list(OWNED)))
-    except Exception as error:  # the Hub's client has a dozen kinds, from a missing repository to no network
-        raise AdapterError(
-            f"there is no folder {place} here, and the Hub gave none: {type(error).__name__}."
-        ) from error
+    if not isinstance(source, Bundle):
+        return open_folder(source, model, check)
+    if check and (source.seen is None or source.seen != versions(source.tensors)):
+        require_finite(source.tensors, f"the adapter {source.name!r} in memory")
+    return source
 
 
 def read_folder(model: nn.Module, folder: str | os.PathLike[str]) -> tuple[str, Bundle, list[str]]:
-    place = resolve(folder)
-    with commit.reading(place) as view:
-        if RECORD in view:
-            bundle = decode(view)
-            return place, bundle, [*_label_notes(model, bundle), *_token_notes(bundle)]
-        if CONFIG not in view:
-            raise AdapterError(f"{place} holds no adapter: neither {RECORD} nor {CONFIG} is there.")
-        return place, *_from_peft(model, place, view)
+    bundle = open_folder(folder, model)
+    return bundle.folder, bundle, list(bundle.notes)
 
 
-def _from_peft(model: nn.Module, place: str, view: commit.View) -> tuple[Bundle, list[str]]:
-    config, tensors = _peft_files(view)
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies: what trains, or stays with the caller, must not share memory with anything."""
+    return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def _kept(bundle: Bundle) -> dict[str, Any]:
+    return {"head": bundle.head, "facts": bundle.facts, "labels": bundle.labels, "tokens": bundle.tokens}
+
+
+def _map(model: nn.Module, bundle: Bundle) -> SiteMap | None:
+    """The map of the base's sites that the adapter brought along, where none is known yet."""
     state = state_of(model)
-    known = state.map if state is not None and state.map is not None else sites(model)
-    found = understand(config, tensors, model, known)
-    name = os.path.basename(os.path.abspath(place))
-    bundle = Bundle(name, found.method, found.sites, found.tensors, found.head, map=known.to_dict())
-    return bundle, [f"written by PEFT for {found.base}." if found.base else "written by PEFT.", *found.notes]
+    return bundle.map if state is None or state.map is None else None
 
 
-def _peft_files(view: commit.View) -> tuple[dict, dict]:  # type: ignore[type-arg]
-    if WEIGHTS not in view:
-        raise DamagedAdapter(f"{WEIGHTS} is missing; pickled weights (.bin) are never read.")
-    if view.size(CONFIG) > LARGEST_CONFIG:
-        raise DamagedAdapter(f"{CONFIG} has {view.size(CONFIG):,} bytes, more than a configuration needs.")
-    config, tensors = parse_config(view[CONFIG]), parse(view[WEIGHTS])
-    require_finite(tensors, WEIGHTS)
-    return config, tensors
-
-
-def _inspect_peft(place: str, view: commit.View, files: dict[str, int]) -> AdapterInfo:
-    if CONFIG not in view:
-        raise AdapterError(f"{place} holds no adapter: neither {RECORD} nor {CONFIG} is there.")
-    config, tensors = _peft_files(view)
-    shown = {key: config[key] for key in ("r", "lora_alpha", "use_rslora", "num_virtual_tokens") if key in config}
-    return AdapterInfo(
-        folder=place,
-        name=os.path.basename(os.path.abspath(place)),
-        method=f"PEFT {config['peft_type']}",
-        hyperparameters=shown,
-        roles={},
-        head=tuple(config.get("modules_to_save") or ()),
-        tensors=len(tensors),
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
-        files=files,
-        base={"name": str(config.get("base_model_name_or_path") or "")},
-        verified=False,
-    )
-
-
-def check_base(model: nn.Module, bundle: Bundle, force: str | None) -> str:
-    if force not in (None, "wrong-base"):
-        raise AdapterError(f"force is {force!r}; the only check that can be skipped is force='wrong-base'.")
+def notes_on(model: nn.Module, bundle: Bundle) -> tuple[str, ...]:
+    """What must be said of an adapter that is put on this model."""
+    notes = list(bundle.notes)
+    if bundle.labels is not None and labels_of(model) != bundle.labels:
+        labels = ", ".join(bundle.labels.values())
+        notes.append(f"while it is the active one, the model's labels are the adapter's: {labels}.")
     if bundle.tokens is not None:
-        require_rows(unwrapped(model), bundle.tokens)  # first, because here the sentence can say what to do
-    if bundle.base is None:
-        return UNCHECKED
-    try:
-        return check(bundle.base, model, exclude=bundle.head)
-    except WrongBase as error:
-        if force is None:
-            raise WrongBase(f"{str(error).rstrip('.')}; force='wrong-base' loads the adapter nevertheless.") from error
-        _same_sites(model, bundle)
-        return f"wrong, and loaded by force: {error}"
+        notes.append(f"the tokenizer must give these tokens their numbers: {bundle.tokens.named()}.")
+    return tuple(notes)
 
 
-def _same_sites(model: nn.Module, bundle: Bundle) -> None:
-    """What no force can help: a model that has not the adapter's sites, in their sizes, would fail in its forward."""
-    found = sites(model)
-    known: list[Site] = [*found.weights, *found.streams, *found.keyvalues]
-    here = {_size(site) for site in known}
-    for site in bundle.sites:
-        if _size(site) not in here:
-            raise AdapterError(
-                f"this model has no {site.kind} site {site.path} of the size that the adapter was made for."
-            )
-
-
-def _size(site: Site) -> tuple[object, ...]:
-    sizes = ("path", "n_in", "n_out", "experts", "width", "heads", "k_dim", "v_dim")
-    return (site.kind, *(getattr(site, name, None) for name in sizes))
-
-
-def _label_notes(model: nn.Module, bundle: Bundle) -> list[str]:
-    here = labels_of(model)
-    if bundle.labels is None or here == bundle.labels:
-        return []
-    return [f"while it is the active one, the model's labels are the adapter's: {', '.join(bundle.labels.values())}."]
-
-
-def _token_notes(bundle: Bundle) -> list[str]:
-    if bundle.tokens is None:
-        return []
-    return [f"the tokenizer must give these tokens their numbers: {bundle.tokens.named()}."]
-
-
-def _parameters(bundle: Bundle) -> int:
-    return sum(tensor.numel() for tensor in bundle.tensors.values())
-
-
-def report(place: str, name: str, bundle: Bundle, base: str, notes: list[str]) -> LoadReport:
-    count = len(bundle.tensors)
-    return LoadReport(
-        place, name, bundle.method.name, len(bundle.sites), count, _parameters(bundle), base, tuple(notes)
-    )
+def report(bundle: Bundle, name: str, base: str, notes: tuple[str, ...]) -> LoadReport:
+    """What was put on a model, and how its base was checked."""
+    sizes = (len(bundle.sites), len(bundle.tensors), bundle.parameters)
+    return LoadReport(bundle.folder, name, bundle.method.name, *sizes, base, notes)

@@ -11,13 +11,14 @@ from adapters._attach import Adapter, adapters_of, tensors_of
 from adapters._errors import AdapterError, nearest
 from adapters._sharded import put
 from adapters._store import commit
+from adapters._store.basecheck import check_base
 from adapters._store.bundle import RECORD, Bundle
-from adapters._store.loading import Force, check_base, read_folder, report
+from adapters._store.loading import Force, Source, notes_on, opened, report
 from adapters._store.record import decode
 from adapters._store.reports import LoadReport
 
 
-def restore(model: nn.Module, name: str, folder: str | os.PathLike[str], force: Force | None = None) -> LoadReport:
+def restore(model: nn.Module, name: str, source: Source, force: Force | None = None) -> LoadReport:
     """Copies the tensors of a saved adapter into those of the attached adapter `name`: the parameters stay the same.
 
     What resuming needs, where an optimizer already holds the parameters; `swap` makes new ones.
@@ -29,7 +30,7 @@ def restore(model: nn.Module, name: str, folder: str | os.PathLike[str], force: 
     attached = adapters_of(model)
     if name not in attached:
         raise AdapterError(f"no adapter {name!r} on this model{nearest(name, attached)} Use adapters.load to add one.")
-    place, bundle, notes = read_folder(model, folder)
+    bundle = opened(source, model)
     base = check_base(model, bundle, force)
     here, adapter = tensors_of(model, name), attached[name]
     differ = _tokens_apart(bundle, adapter) or sorted(here.keys() ^ bundle.tensors.keys())
@@ -37,13 +38,13 @@ def restore(model: nn.Module, name: str, folder: str | os.PathLike[str], force: 
     if bundle.method != adapter.method or differ:
         where = f", {differ[0]} among others" if differ else ""
         raise AdapterError(
-            f"{place} holds {bundle.method!r}{where}, and {name!r} is {adapter.method!r}: nothing was restored; "
-            "attach what was saved, or load the folder under a name of its own."
+            f"{bundle.folder} holds {bundle.method!r}{where}, and {name!r} is {adapter.method!r}: nothing was "
+            "restored; attach what was saved, or load the folder under a name of its own."
         )
     with torch.no_grad():
         for key, parameter in here.items():
             put(parameter, bundle.tensors[key])
-    return report(place, name, bundle, base, notes)
+    return report(bundle, name, base, notes_on(model, bundle))
 
 
 def _tokens_apart(bundle: Bundle, adapter: Adapter) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +131,7 @@ def _text(values: Tensor) -> str:
     return base64.b64encode(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
 
 
-def restore(entry: dict[str, Any], path: str) -> Sample:
+def restore(entry: Mapping[str, Any], path: str) -> Sample:
     """The sample that `record` wrote.
 
     Raises:

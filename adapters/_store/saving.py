@@ -112,6 +112,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None) -> tup
 
 
 def _bundle(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Bundle:
+    state = state_of(model)
     return Bundle(
         name=adapter.name,
         method=adapter.method,
@@ -123,15 +124,10 @@ def _bundle(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor], f
         training=json_safe(facts),
         labels=dict(adapter.labels) if adapter.labels else None,
         versions=_versions(),
-        map=_map(model),
+        map=state.map if state is not None else None,
         tokens=adapter.tokens,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _map(model: nn.Module) -> dict[str, Any] | None:
-    state = state_of(model)
-    return state.map.to_dict() if state is not None and state.map is not None else None
 
 
 def base_name(model: nn.Module) -> str | None:

@@ -1,0 +1,93 @@
+"""Reads adapter folders, ours and PEFT's, into bundles."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from adapters._attach import state_of
+from adapters._errors import AdapterError, DamagedAdapter
+from adapters._interop.peft_read import parse_config, understand
+from adapters._sites import sites
+from adapters._store import commit
+from adapters._store.bundle import CONFIG, OWNED, RECORD, WEIGHTS, Bundle, require_finite, versions
+from adapters._store.record import decode
+from adapters._store.weights import parse
+
+LARGEST_CONFIG = 16 << 20  # bytes
+
+
+def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Bundle:
+    """An adapter folder (or a Hub repository) kept in memory, every digest, shape and value checked.
+
+    `adapters.load` and `adapters.swap` take what it returns in the place of a folder, as often as wanted, and then only
+    check what depends on the model: its base and its sites.
+
+    Args:
+        model: what a folder that PEFT wrote is understood by, since it records no sites; not needed for ours.
+
+    Raises:
+        DamagedAdapter: a file is missing, truncated or altered, or holds values that are not finite.
+        AdapterError: the folder holds something that this version cannot read, or PEFT's and no model is given.
+    """
+    return open_folder(folder, model)
+
+
+def open_folder(folder: str | os.PathLike[str], model: nn.Module | None, check: bool = True) -> Bundle:
+    """As `read`. `check=False` leaves out digests and the look for values that are not finite."""
+    place = resolve(folder)
+    with commit.reading(place) as view:
+        if RECORD in view:
+            bundle = decode(view, check)
+        elif CONFIG not in view:
+            raise AdapterError(f"{place} holds no adapter: neither {RECORD} nor {CONFIG} is there.")
+        elif model is None:
+            raise AdapterError(
+                f"{place} was written by PEFT and records no sites: give read the model, or use adapters.load."
+            )
+        else:
+            bundle = _from_peft(model, place, view, check)
+    return dataclasses.replace(bundle, folder=place, seen=versions(bundle.tensors) if check else None)
+
+
+def resolve(folder: str | os.PathLike[str]) -> str:
+    """The local folder that a path or a Hub id means; a Hub repository's adapter files are fetched once and cached."""
+    place = os.fspath(folder)
+    if os.path.isdir(place):
+        return place
+    if os.path.exists(place) or not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", place):
+        raise AdapterError(f"{place} is no adapter folder: give a folder, or a Hub id such as 'org/name'.")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return str(snapshot_download(place, allow_patterns=list(OWNED)))
+    except Exception as error:  # the Hub's client has a dozen kinds, from a missing repository to no network
+        raise AdapterError(
+            f"there is no folder {place} here, and the Hub gave none: {type(error).__name__}."
+        ) from error
+
+
+def _from_peft(model: nn.Module, place: str, view: commit.View, check: bool) -> Bundle:
+    config, tensors = peft_files(view, check)
+    state = state_of(model)
+    known = state.map if state is not None and state.map is not None else sites(model)
+    found = understand(config, tensors, model, known)
+    name = os.path.basename(os.path.abspath(place))
+    notes = [f"written by PEFT for {found.base}." if found.base else "written by PEFT.", *found.notes]
+    return Bundle(name, found.method, found.sites, found.tensors, found.head, map=known, notes=tuple(notes))
+
+
+def peft_files(view: commit.View, check: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a folder that PEFT wrote."""
+    if WEIGHTS not in view:
+        raise DamagedAdapter(f"{WEIGHTS} is missing; pickled weights (.bin) are never read.")
+    if view.size(CONFIG) > LARGEST_CONFIG:
+        raise DamagedAdapter(f"{CONFIG} has {view.size(CONFIG):,} bytes, more than a configuration needs.")
+    config, tensors = parse_config(view[CONFIG]), parse(view[WEIGHTS])
+    if check:
+        require_finite(tensors, WEIGHTS)
+    return config, tensors

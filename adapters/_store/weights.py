@@ -1,0 +1,225 @@
+"""The tensors of a safetensors file as views of the one buffer that it was read into.
+
+The first file of a kind is read by safetensors' own reader, which validates the header; files that begin with the same
+header, byte for byte, have the same layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from adapters._errors import DamagedAdapter
+from adapters._finite import finite
+from adapters._store import lines
+from adapters._store.bundle import RECORD, WEIGHTS
+from adapters._store.commit import View
+from adapters._store.frozen import known
+
+# what safetensors calls them; a file with others is read by its own reader
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbours of one dtype: `sizes` elements each, from byte `start` to `stop` of the data."""
+
+    dtype: torch.dtype
+    start: int
+    stop: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors are: in the order in which they lie in the file."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    runs: tuple[Run, ...]
+    size: int  # bytes of the data
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a file, in its order, and the flat stretches of one dtype that they are views of."""
+
+    header: bytes
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    runs: tuple[Tensor, ...]
+
+    def require_finite(self) -> None:
+        """Refuses NaN and infinity, looking through each stretch once.
+
+        Raises:
+            DamagedAdapter: with the tensor's name.
+        """
+        if all(finite(run) for run in self.runs if run.is_floating_point()):
+            return
+        for name, tensor in zip(self.names, self.tensors, strict=True):
+            if tensor.is_floating_point() and not finite(tensor):
+                raise DamagedAdapter(f"{WEIGHTS}: the tensor {name} holds values that are not finite.")
+
+
+def read(view: View, name: str) -> Tensor:
+    """The content of a file, (bytes,) uint8, read once and into memory of its own.
+
+    Raises:
+        DamagedAdapter: it became shorter meanwhile.
+    """
+    buffer = torch.empty(view.size(name), dtype=torch.uint8, device="cpu")
+    if view.into(name, buffer.numpy().data) != buffer.numel():
+        raise DamagedAdapter(f"{name} became shorter while it was read.")
+    return buffer
+
+
+def unpack(buffer: Tensor) -> Stored:
+    """The tensors of a safetensors file.
+
+    Args:
+        buffer: (bytes,) uint8, the file; the tensors are views of it.
+
+    Raises:
+        DamagedAdapter: it is truncated or not a safetensors file.
+    """
+    header = header_of(buffer)
+    layout = known.get("header", header, lambda header: _layout(header, buffer))
+    if layout is None:
+        names, tensors = zip(*sorted(_by_its_own_reader(buffer).items()), strict=True)
+        return Stored(header, names, tensors, tensors)
+    data = buffer[len(header) :]
+    if data.numel() != layout.size:
+        raise DamagedAdapter(f"{WEIGHTS} is truncated or damaged: it has {data.numel():,} bytes of tensors.")
+    runs = tuple(data[run.start : run.stop].view(run.dtype) for run in layout.runs)
+    flat = [part for run, here in zip(runs, layout.runs, strict=True) for part in torch.split(run, list(here.sizes))]
+    return Stored(header, layout.names, tuple(map(Tensor.view, flat, layout.shapes)), runs)
+
+
+def header_of(buffer: Tensor) -> bytes:
+    """The first bytes of a safetensors file, up to where its data begin."""
+    raw = buffer.numpy().data
+    length = int.from_bytes(raw[:8], "little") + 8
+    return bytes(raw[: min(length, len(raw))])
+
+
+def parse(weights: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by the names in it.
+
+    Raises:
+        DamagedAdapter: it is truncated or not a safetensors file.
+    """
+    stored = unpack(torch.frombuffer(bytearray(weights), dtype=torch.uint8) if weights else torch.empty(0).byte())
+    return dict(zip(stored.names, stored.tensors, strict=True))
+
+
+def matched(stored: Stored, template: bytes) -> dict[str, Tensor]:
+    """The tensors by our names: exactly those recorded, in their types, seen in their shapes (PEFT's may be others).
+
+    Args:
+        template: the record's JSON of them, without what differs between siblings.
+
+    Raises:
+        DamagedAdapter: others are stored than recorded.
+    """
+    found = known.get("tensors", stored.header + template, lambda _: _matches(stored, lines.value_of(template)))
+    return {key: stored.tensors[i].view(shape) for key, i, shape in found}
+
+
+def _matches(stored: Stored, expected: Any) -> list[tuple[str, int, tuple[int, ...]]]:
+    if not isinstance(expected, dict) or not all(map(_describes, expected.values())):
+        raise DamagedAdapter(f"{RECORD}: tensors are not described as this version does it.")
+    by_file_key = {entry["file_key"]: key for key, entry in expected.items()}
+    if len(by_file_key) != len(expected):
+        raise DamagedAdapter(f"{RECORD}: two tensors are said to be the same one of {WEIGHTS}.")
+    for name in sorted(set(by_file_key) ^ set(stored.names)):
+        what = "holds the unknown tensor" if name in stored.names else "lacks the tensor"
+        raise DamagedAdapter(f"{WEIGHTS} {what} {name}.")
+    index = {name: i for i, name in enumerate(stored.names)}
+    matches = []
+    for name, key in by_file_key.items():
+        tensor, entry = stored.tensors[index[name]], expected[key]
+        if tensor.numel() != prod(entry["shape"]) or name_of(tensor.dtype) != entry["dtype"]:
+            raise DamagedAdapter(f"{WEIGHTS}: {name} has another shape or type than {RECORD} says.")
+        matches.append((key, index[name], tuple(entry["shape"])))
+    return matches
+
+
+def _describes(entry: Any) -> bool:
+    known = isinstance(entry, Mapping) and set(entry) == {"file_key", "dtype", "shape", "sha256"}
+    return known and isinstance(entry["file_key"], str) and _is_shape(entry["shape"])
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, Sequence) and all(type(n) is int and n >= 0 for n in shape)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _by_its_own_reader(buffer: Tensor) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(buffer.numpy().tobytes())
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise DamagedAdapter(f"{WEIGHTS} is truncated or damaged: {error}.") from error
+
+
+def _layout(header: bytes, buffer: Tensor) -> Layout | None:
+    """The layout that a header describes, or None where views of the buffer cannot serve it.
+
+    Raises:
+        DamagedAdapter: safetensors refuses the file.
+    """
+    held = _by_its_own_reader(buffer)
+    entries = json.loads(header[8:])
+    entries.pop("__metadata__", None)
+    ordered = sorted(entries.items(), key=lambda entry: tuple(entry[1]["data_offsets"]))
+    names = tuple(name for name, _ in ordered)
+    shapes = tuple(tuple(entry["shape"]) for _, entry in ordered)
+    dtypes = tuple(held[name].dtype for name in names)
+    if any(DTYPES.get(entry["dtype"]) is not dtype for (_, entry), dtype in zip(ordered, dtypes, strict=True)):
+        return None
+    if set(names) != set(held) or shapes != tuple(tuple(held[name].shape) for name in names):
+        return None
+    runs = _runs(dtypes, shapes, [tuple(entry["data_offsets"]) for _, entry in ordered])
+    aligned = runs is not None and all((len(header) + run.start) % run.dtype.itemsize == 0 for run in runs)
+    size = buffer.numel() - len(header)
+    if runs is None or not aligned or (runs[-1].stop if runs else 0) != size:
+        return None
+    return Layout(names, shapes, dtypes, runs, size)
+
+
+def _runs(
+    dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, ...]], offsets: Sequence[tuple[int, ...]]
+) -> tuple[Run, ...] | None:
+    """Neighbours of one dtype put together; None unless the tensors follow each other without a gap."""
+    groups: list[tuple[torch.dtype, int, list[int]]] = []
+    end = 0
+    for dtype, shape, (start, stop) in zip(dtypes, shapes, offsets, strict=True):
+        if start != end or stop - start != prod(shape) * dtype.itemsize:
+            return None
+        if not groups or groups[-1][0] != dtype:
+            groups.append((dtype, start, []))
+        groups[-1][2].append(prod(shape))
+        end = stop
+    return tuple(Run(dtype, start, start + sum(sizes) * dtype.itemsize, tuple(sizes)) for dtype, start, sizes in groups)
