@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from adapters._attach import require_rows, unwrapped
+from adapters._attach import adapters_of, require_rows, state_of, unwrapped
 from adapters._contract import Site
 from adapters._errors import AdapterError, WrongBase
-from adapters._sites import sites
+from adapters._sites import SiteMap, sites
 from adapters._store.bundle import Bundle
 from adapters._store.verdicts import same_base
 
@@ -27,6 +27,7 @@ def check_base(model: nn.Module, bundle: Bundle, force: str | None, check: bool 
     if bundle.tokens is not None:
         require_rows(unwrapped(model), bundle.tokens)  # first, because here the sentence can say what to do
     if not check:
+        require_sites(model, bundle)
         return UNCHECKED
     if bundle.base is None:
         return UNRECORDED
@@ -35,14 +36,24 @@ def check_base(model: nn.Module, bundle: Bundle, force: str | None, check: bool 
     except WrongBase as error:
         if force is None:
             raise WrongBase(f"{str(error).rstrip('.')}; force='wrong-base' loads the adapter nevertheless.") from error
-        _same_sites(model, bundle)
+        require_sites(model, bundle, sites(model))
         return f"wrong, and loaded by force: {error}"
 
 
-def _same_sites(model: nn.Module, bundle: Bundle) -> None:
-    """What no force can help: a model that has not the adapter's sites, in their sizes, would fail in its forward."""
-    found = sites(model)
-    known: list[Site] = [*found.weights, *found.streams, *found.keyvalues]
+def require_sites(model: nn.Module, bundle: Bundle, found: SiteMap | None = None) -> None:
+    """What no force can help: a model that has not the adapter's sites, in their sizes, would fail in its forward.
+
+    Args:
+        found: the model's sites; None takes those that are known, or looks for them.
+
+    Raises:
+        AdapterError: a site is not there, or not of this size.
+    """
+    if found is None and any(bundle.sites == adapter.sites for adapter in adapters_of(model).values()):
+        return
+    state = state_of(model)
+    found = found or (state.map if state is not None else None) or sites(model)
+    known: list[Site] = [*found.weights, *found.streams, *found.keyvalues, *found.layers]
     here = {_size(site) for site in known}
     for site in bundle.sites:
         if _size(site) not in here:

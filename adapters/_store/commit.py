@@ -53,6 +53,9 @@ class View(Mapping[str, bytes]):
                 done += more
             return done
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.where  # Mapping's own would read the file
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)
 

@@ -31,13 +31,13 @@ def split(raw: bytes) -> dict[str, bytes] | None:
     if not (raw.startswith(FIRST) and raw.endswith(LAST)):
         return None
     found = {}
-    for line in raw[len(FIRST) : -len(LAST)].split(b",\n"):
+    *before, last = raw[len(FIRST) : -len(LAST)].split(b"\n")
+    for line in (*before, last + b","):
         key, colon, value = line.partition(b": ")
-        if not (colon and key.isascii() and key[:1] == key[-1:] == b'"' and key[1:-1].isalpha()):
+        if not (colon and key.isascii() and key[:1] == key[-1:] == b'"' and key[1:-1].isalpha() and line[-1:] == b","):
             return None
-        found[key[1:-1].decode()] = value
-    in_order = len(found) == raw.count(b"\n") - 2 and list(found) == sorted(found)
-    return found if in_order else None
+        found[key[1:-1].decode()] = value[:-1]
+    return found if len(found) == len(before) + 1 and list(found) == sorted(found) else None
 
 
 def value_of(line: bytes) -> Any:

@@ -73,6 +73,7 @@ def _same(before: _Seen, now: _Seen) -> bool:
     )
 
 
+@torch.no_grad()
 def _look(model: nn.Module) -> _Seen | None:
     """The base as it is now; None where that cannot be told cheaply: sharded, offloaded or inference tensors."""
     facts: list[tuple[Any, ...]] = [tuple(identity(model).values())]
@@ -101,7 +102,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _values(parameter: nn.Parameter) -> Tensor:
-    stored, count = parameter.detach(), parameter.numel()
-    if not stored.is_contiguous() or count <= LOOKS:
-        return stored.reshape(-1)[:LOOKS]
-    return stored.as_strided((LOOKS,), (count // LOOKS,), stored.storage_offset() + count // (2 * LOOKS))
+    count = parameter.numel()
+    if not parameter.is_contiguous() or count <= LOOKS:
+        return parameter.reshape(-1)[:LOOKS]
+    return parameter.as_strided((LOOKS,), (count // LOOKS,), parameter.storage_offset() + count // (2 * LOOKS))

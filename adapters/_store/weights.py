@@ -61,11 +61,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors of a file, in its order, and the flat stretches of one dtype that they are views of."""
+    """The tensors of a file, flat, in its order, and the stretches of one dtype that they are views of."""
 
     header: bytes
     names: tuple[str, ...]
-    tensors: tuple[Tensor, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    flat: tuple[Tensor, ...]
     runs: tuple[Tensor, ...]
 
     def require_finite(self) -> None:
@@ -76,7 +77,7 @@ class Stored:
         """
         if all(finite(run) for run in self.runs if run.is_floating_point()):
             return
-        for name, tensor in zip(self.names, self.tensors, strict=True):
+        for name, tensor in zip(self.names, self.flat, strict=True):
             if tensor.is_floating_point() and not finite(tensor):
                 raise DamagedAdapter(f"{WEIGHTS}: the tensor {name} holds values that are not finite.")
 
@@ -105,14 +106,15 @@ def unpack(buffer: Tensor) -> Stored:
     header = header_of(buffer)
     layout = known.get("header", header, lambda header: _layout(header, buffer))
     if layout is None:
-        names, tensors = zip(*sorted(_by_its_own_reader(buffer).items()), strict=True)
-        return Stored(header, names, tensors, tensors)
+        found = dict(sorted(_by_its_own_reader(buffer).items()))
+        flat = tuple(tensor.reshape(-1) for tensor in found.values())
+        return Stored(header, tuple(found), tuple(tuple(tensor.shape) for tensor in found.values()), flat, flat)
     data = buffer[len(header) :]
     if data.numel() != layout.size:
         raise DamagedAdapter(f"{WEIGHTS} is truncated or damaged: it has {data.numel():,} bytes of tensors.")
     runs = tuple(data[run.start : run.stop].view(run.dtype) for run in layout.runs)
-    flat = [part for run, here in zip(runs, layout.runs, strict=True) for part in torch.split(run, list(here.sizes))]
-    return Stored(header, layout.names, tuple(map(Tensor.view, flat, layout.shapes)), runs)
+    parts = [part for run, here in zip(runs, layout.runs, strict=True) for part in torch.split(run, list(here.sizes))]
+    return Stored(header, layout.names, layout.shapes, tuple(parts), runs)
 
 
 def header_of(buffer: Tensor) -> bytes:
@@ -129,7 +131,7 @@ def parse(weights: bytes) -> dict[str, Tensor]:
         DamagedAdapter: it is truncated or not a safetensors file.
     """
     stored = unpack(torch.frombuffer(bytearray(weights), dtype=torch.uint8) if weights else torch.empty(0).byte())
-    return dict(zip(stored.names, stored.tensors, strict=True))
+    return dict(zip(stored.names, map(Tensor.view, stored.flat, stored.shapes), strict=True))
 
 
 def matched(stored: Stored, template: bytes) -> dict[str, Tensor]:
@@ -142,7 +144,7 @@ def matched(stored: Stored, template: bytes) -> dict[str, Tensor]:
         DamagedAdapter: others are stored than recorded.
     """
     found = known.get("tensors", stored.header + template, lambda _: _matches(stored, lines.value_of(template)))
-    return {key: stored.tensors[i].view(shape) for key, i, shape in found}
+    return {key: stored.flat[i].view(shape) for key, i, shape in found}
 
 
 def _matches(stored: Stored, expected: Any) -> list[tuple[str, int, tuple[int, ...]]]:
@@ -157,7 +159,7 @@ def _matches(stored: Stored, expected: Any) -> list[tuple[str, int, tuple[int, .
     index = {name: i for i, name in enumerate(stored.names)}
     matches = []
     for name, key in by_file_key.items():
-        tensor, entry = stored.tensors[index[name]], expected[key]
+        tensor, entry = stored.flat[index[name]], expected[key]
         if tensor.numel() != prod(entry["shape"]) or name_of(tensor.dtype) != entry["dtype"]:
             raise DamagedAdapter(f"{WEIGHTS}: {name} has another shape or type than {RECORD} says.")
         matches.append((key, index[name], tuple(entry["shape"])))
