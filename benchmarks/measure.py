@@ -16,9 +16,10 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.result import Line
+from benchmarks.result import LIMIT, Line
 
-Unit = Literal["CPU ms", "wall ms", "saved MiB", "import ms"]
+Unit = Literal["CPU ms", "wall ms", "saved MiB", "import ms", "ratio", "MiB"]
+OWN: tuple[Unit, ...] = ("import ms", "ratio", "MiB")  # what `run` measures itself and returns
 
 
 def _nothing(*args: Any) -> None:
@@ -53,16 +54,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `gated`: both sides do the same work, so ours may take at most `LIMIT` times the peer's."""
+    """One comparison. `gated`: ours may take at most `limit` times the peer's, `LIMIT` where both do the same work."""
 
     name: str
     build: Callable[[Any], Pair]
     peer: str = "PEFT"
     gated: bool = True
+    limit: float = LIMIT
     units: tuple[Unit, ...] = ("CPU ms",)
     most_pairs: int = 1000
     calls: int = 1  # of each side in one measurement, where a single call is too short to be timed
     needs: tuple[str, ...] = field(default=())  # packages without which the row is left out
+    warm: bool = True  # one round before those that count
 
 
 def measure_row(row: Row, setting: Any, pairs: int, tick: Callable[[], None] = _nothing) -> list[Line]:
@@ -71,7 +74,7 @@ def measure_row(row: Row, setting: Any, pairs: int, tick: Callable[[], None] = _
     pair = row.build(setting)
     lines = []
     for unit in row.units:
-        if unit in ("CPU ms", "wall ms"):  # bytes do not depend on warmth, and a new process is always cold
+        if row.warm and unit in ("CPU ms", "wall ms"):  # bytes do not depend on warmth, and a new process is cold
             _round(pair, unit, row.calls, ours_first=True)
         count = 1 if unit == "saved MiB" else min(pairs, row.most_pairs)
         values = []
@@ -80,7 +83,7 @@ def measure_row(row: Row, setting: Any, pairs: int, tick: Callable[[], None] = _
             tick()
         theirs = tuple(value for _, value in values if value is not None)
         gated = row.gated and bool(theirs)
-        lines.append(Line(row.name, unit, tuple(value for value, _ in values), theirs, row.peer, gated))
+        lines.append(Line(row.name, unit, tuple(value for value, _ in values), theirs, row.peer, gated, row.limit))
     return lines
 
 
@@ -102,8 +105,8 @@ def _once(side: Side, unit: Unit, calls: int) -> tuple[float, Any]:
     try:
         if unit == "saved MiB":
             value, result = saved_bytes(side.run, side.own)
-        elif unit == "import ms":
-            value = result = float(side.run())  # measured by the process that imports
+        elif unit in OWN:
+            value = result = float(side.run())
         else:
             clock = time.process_time if unit == "CPU ms" else time.perf_counter
             start = clock()

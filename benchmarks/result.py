@@ -26,6 +26,7 @@ class Line:
     theirs: tuple[float, ...]
     beside: str
     gated: bool
+    limit: float = LIMIT
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -40,12 +41,13 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """ "ok" or "over" where both sides do the same work; otherwise why there is no verdict."""
+        """ "ok" or "over" where ours must not take more than `limit` times the peer's; otherwise why there is none."""
         if self.ratio is None:
             return "no peer"
         if not self.gated:
             return "no peer" if self.beside != "PEFT" else "more work"
-        return "ok" if self.ratio <= LIMIT else "over"
+        asked = "" if self.limit == LIMIT else f" ({self.limit:g})"
+        return f"ok{asked}" if self.ratio <= self.limit else f"over{asked}"
 
     def shown(self, values: tuple[float, ...]) -> float | None:
         if not values:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import adapters
 from adapters._attach import install, replace, tensors_of
 from adapters._sites import site_of
-from adapters._store import bundle, commit, fingerprints, record, saving
+from adapters._store import bundle, commit, fingerprints, record, saving, weights
 from benchmarks.measure import Pair, Row, Side
 from benchmarks.twins import LORA, NAME, Setting, close, equal, saved, twins
 
@@ -30,7 +30,7 @@ from benchmarks.twins import LORA, NAME, Setting, close, equal, saved, twins
 def raw(folder: Path) -> tuple[Any, tuple[Any, ...], dict[str, Tensor]]:
     """Method, sites and tensors of one of our folders, read without any check."""
     with commit.reading(folder) as view:
-        about, stored = json.loads(view[bundle.RECORD]), record.parse(view[bundle.WEIGHTS])
+        about, stored = json.loads(view[bundle.RECORD]), weights.parse(view[bundle.WEIGHTS])
     tensors = {key: stored[entry["file_key"]] for key, entry in about["tensors"].items()}
     return bundle.method_of(about["method"]), tuple(map(site_of, about["sites"])), tensors
 
@@ -97,7 +97,7 @@ def unverified() -> Iterator[None]:
 
     with (
         mock.patch.object(os, "fsync", nothing),
-        mock.patch.object(record, "_sha", nothing),
+        mock.patch.object(record, "sha", nothing),
         mock.patch.object(saving, "require_finite", nothing),
         mock.patch.object(saving, "fingerprint", lambda *args, **kwargs: {}),  # noqa: PT008 - as above
     ):

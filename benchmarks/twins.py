@@ -38,6 +38,11 @@ class Setting:
     base: Callable[[torch.dtype], Any] = smollm2
     rows: int = 2
     tokens: int = 64
+    adapters: int = 50  # on one model
+    mixed: int = 32  # rows of a batch with as many adapters
+    prompt: int = 64  # tokens of such a row
+    pool: int = 500  # adapters of a pool
+    program: str = 'model, _ = adapters.load_base("smollm2-135m-instruct")'  # the base in a process of its own
     scratch: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="benchmarks-")))
 
     def batch(self, model: Any) -> dict[str, Tensor]:

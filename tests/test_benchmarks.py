@@ -10,15 +10,22 @@ import pytest
 import tiny
 import torch
 
-from benchmarks import attaching, inference, measure, merging, storing, trainers, training
+from benchmarks import attaching, inference, many, measure, merging, mixed, storing, trainers, training
 from benchmarks.measure import Pair, Row, Side, measure_row
 from benchmarks.result import COLUMNS, LIMIT, Line, facts, markdown
 from benchmarks.twins import Setting
 
+TINY = f"""
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import tiny
+model = tiny.build("llama")
+"""
+
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Setting:
-    return Setting(lambda dtype: tiny.build("llama", dtype), rows=2, tokens=8, scratch=tmp_path)
+    few = {"rows": 2, "tokens": 8, "adapters": 5, "mixed": 3, "prompt": 6, "pool": 4, "program": TINY}
+    return Setting(lambda dtype: tiny.build("llama", dtype), scratch=tmp_path, **few)
 
 
 def row(rows: list[Row], name: str) -> Row:
@@ -37,6 +44,12 @@ def row(rows: list[Row], name: str) -> Row:
         (storing.ROWS, "hot swap, raw", ["CPU ms"]),
         (storing.ROWS, "save, raw", ["CPU ms"]),
         (merging.ROWS, "merge arithmetic, fp32", ["CPU ms"]),
+        (many.ROWS, "load 50", ["CPU ms"]),
+        (many.ROWS, "switch among", ["CPU ms"]),
+        (many.ROWS, "hot swap r8, checked", ["CPU ms"]),
+        (many.ROWS, "hot swap r8, unchecked", ["CPU ms"]),
+        (many.ROWS, "hot swap r8, from memory", ["CPU ms"]),
+        *((mixed.ROWS, row.name, ["CPU ms"]) for row in mixed.ROWS if row.peer == "PEFT"),
     ],
 )
 def test_a_row_runs_beside_peft_and_both_sides_agree(
@@ -48,6 +61,15 @@ def test_a_row_runs_beside_peft_and_both_sides_agree(
         assert line.gated
         assert line.ratio is not None
         assert line.ratio > 0
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in [*many.ROWS, *mixed.ROWS] if not row.gated or row.peer != "PEFT"], ids=lambda row: row.name
+)
+def test_a_row_of_many_adapters_runs_without_a_gate_of_its_own(setting: Setting, row: Row) -> None:
+    (line,) = measure_row(row, setting, pairs=1)
+    assert line.beside == row.peer
+    assert len(line.theirs) == (0 if row.peer == "" else 1)
 
 
 def test_sides_that_do_not_agree_are_an_error(setting: Setting) -> None:
@@ -72,6 +94,11 @@ def test_imports_compare_the_smallest_of_each_side() -> None:
     line = Line("r", "import ms", (9.0, 5.0), (100.0, 50.0), "PEFT", True)
     assert line.ratio == 0.1
     assert line.record()["ours"] == 5.0
+
+
+def test_a_limit_of_its_own_is_shown() -> None:
+    assert Line("r", "CPU ms", (1.0,), (4.0,), "PEFT", True, 0.2).verdict == "over (0.2)"
+    assert Line("r", "CPU ms", (1.5,), (1.0,), "bare base", True, 1.6).verdict == "ok (1.6)"
 
 
 @pytest.mark.parametrize(
