@@ -18,6 +18,18 @@ import torch as _torch  # noqa: F401 - the one heavy import that every use needs
 
 if TYPE_CHECKING:
     from adapters import methods
+    from adapters._algebra import (
+        CombineReport,
+        DiffReport,
+        ExtractReport,
+        ResizeReport,
+        SiteDiff,
+        combine,
+        diff,
+        extract,
+        resize,
+        subtract,
+    )
     from adapters._attach import Adapter, AttachReport, activate, adapters_of, attach, detach, using
     from adapters._bridge import adopt, peft_config
     from adapters._change import Factors, Scaled, Weight
@@ -41,6 +53,7 @@ if TYPE_CHECKING:
     from adapters._tokens import TokensReport, add_tokens
 
 _WHERE = {
+    "_algebra": "CombineReport DiffReport ExtractReport ResizeReport SiteDiff combine diff extract resize subtract",
     "_attach": "Adapter AttachReport activate adapters_of attach detach using",
     "_bridge": "adopt peft_config",
     "_change": "Factors Scaled Weight",
@@ -63,7 +76,10 @@ __all__ = [
     "AttachReport",
     "Bundle",
     "Certificate",
+    "CombineReport",
     "DamagedAdapter",
+    "DiffReport",
+    "ExtractReport",
     "Factors",
     "KeyValueMethod",
     "KeyValueSite",
@@ -71,9 +87,11 @@ __all__ = [
     "LoadReport",
     "Method",
     "QuantizeReport",
+    "ResizeReport",
     "Rows",
     "SaveReport",
     "Scaled",
+    "SiteDiff",
     "SiteMap",
     "StreamMethod",
     "StreamSite",
@@ -87,8 +105,11 @@ __all__ = [
     "adopt",
     "adapters_of",
     "attach",
+    "combine",
     "detach",
+    "diff",
     "explain",
+    "extract",
     "inspect",
     "load",
     "load_base",
@@ -97,9 +118,11 @@ __all__ = [
     "peft_config",
     "quantize",
     "read",
+    "resize",
     "restore",
     "save",
     "sites",
+    "subtract",
     "swap",
     "using",
 ]

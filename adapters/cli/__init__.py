@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from adapters.cli.compose import compose_adapters
+from adapters.cli.diff import diff_adapters
 from adapters.cli.doctor import examine_recipe
 from adapters.cli.evaluate import evaluate_adapter
 from adapters.cli.generate import generate_text
@@ -56,6 +58,8 @@ for _name, _command in (
     ("generate", generate_text),
     ("inspect", inspect_adapter),
     ("merge", merge_adapter),
+    ("compose", compose_adapters),
+    ("diff", diff_adapters),
 ):
     app.command(_name)(_command)
 

@@ -1,0 +1,58 @@
+"""`adapters compose`: one adapter out of several, folder to folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapters._errors import AdapterError
+from adapters.cli.refusal import Json, print_json, refusing
+
+
+@refusing
+def compose_adapters(
+    output: Annotated[Path, typer.Argument(help="Folder of the new adapter.")],
+    parts: Annotated[list[str], typer.Argument(help="FOLDER=WEIGHT of each adapter, as out/fr=0.3.")],
+    how: Annotated[
+        str, typer.Option(help="cat, svd, linear, ties, dare_linear, dare_ties or magnitude_prune.")
+    ] = "cat",
+    rank: Annotated[int | None, typer.Option(help="Rank of the result, where `how` approximates.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of elements that ties and its kind keep.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random choice that dare makes.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Name of the new adapter; the folder's unless given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Combine saved adapters of one base into a new one, and say how near it is; no base is loaded.
+
+    Example:  adapters compose out/both out/fr=0.3 out/formal=0.7 --how svd --rank 16
+    """
+    from adapters._algebra.folders import combine_folders
+    from adapters._algebra.ways import Way
+
+    weights = _weights(parts)
+    if any(Path(folder).resolve() == output.resolve() for folder in weights):
+        raise AdapterError(f"{output} is one of the adapters to combine: give another folder.")
+    report = combine_folders(output, weights, Way(how, rank, density, seed=seed), name)
+    if as_json:
+        print_json({"output": str(output), "error": report.error, **asdict(report)})
+    else:
+        typer.echo(f"{report}\nwritten to {output}")
+
+
+def _weights(parts: list[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for part in parts:
+        folder, equals, weight = part.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            equals = ""
+        if not equals or not folder:
+            raise AdapterError(f"{part} is not FOLDER=WEIGHT; write it as out/fr=0.3.")
+        if folder in found:
+            raise AdapterError(f"{folder} is given twice: add its weights up.")
+        found[folder] = value
+    return found
