@@ -30,7 +30,17 @@ if TYPE_CHECKING:
         resize,
         subtract,
     )
-    from adapters._attach import Adapter, AttachReport, activate, adapters_of, attach, detach, using
+    from adapters._attach import (
+        Adapter,
+        AttachReport,
+        SelectionReport,
+        activate,
+        adapters_of,
+        attach,
+        compose,
+        detach,
+        using,
+    )
     from adapters._bridge import adopt, peft_config
     from adapters._change import Factors, Scaled, Weight
     from adapters._contract import (
@@ -48,13 +58,14 @@ if TYPE_CHECKING:
     from adapters._hub import load_base
     from adapters._merge import Certificate, merge
     from adapters._quantize import QuantizeReport, quantize
+    from adapters._selection import Average, Parallel, Split, Stack
     from adapters._sites import SiteMap, explain, sites
     from adapters._store import AdapterInfo, Bundle, LoadReport, SaveReport, inspect, load, read, restore, save, swap
     from adapters._tokens import TokensReport, add_tokens
 
 _WHERE = {
     "_algebra": "CombineReport DiffReport ExtractReport ResizeReport SiteDiff combine diff extract resize subtract",
-    "_attach": "Adapter AttachReport activate adapters_of attach detach using",
+    "_attach": "Adapter AttachReport SelectionReport activate adapters_of attach compose detach using",
     "_bridge": "adopt peft_config",
     "_change": "Factors Scaled Weight",
     "_contract": "KeyValueMethod KeyValueSite LayerSite Method Rows StreamMethod StreamSite WeightMethod WeightSite",
@@ -62,6 +73,7 @@ _WHERE = {
     "_hub": "load_base",
     "_merge": "Certificate merge",
     "_quantize": "QuantizeReport quantize",
+    "_selection": "Average Parallel Split Stack",
     "_sites": "SiteMap explain sites",
     "_store": "AdapterInfo Bundle LoadReport SaveReport inspect load read restore save swap",
     "_tokens": "TokensReport add_tokens",
@@ -74,6 +86,7 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "AttachReport",
+    "Average",
     "Bundle",
     "Certificate",
     "CombineReport",
@@ -86,13 +99,17 @@ __all__ = [
     "LayerSite",
     "LoadReport",
     "Method",
+    "Parallel",
     "QuantizeReport",
     "ResizeReport",
     "Rows",
     "SaveReport",
     "Scaled",
+    "SelectionReport",
     "SiteDiff",
     "SiteMap",
+    "Split",
+    "Stack",
     "StreamMethod",
     "StreamSite",
     "TokensReport",
@@ -106,6 +123,7 @@ __all__ = [
     "adapters_of",
     "attach",
     "combine",
+    "compose",
     "detach",
     "diff",
     "explain",

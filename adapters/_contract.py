@@ -21,6 +21,7 @@ from adapters._site import NOWHERE, Key, KeyValueSite, LayerSite, Rows, Site, St
 __all__ = [
     "NOWHERE",
     "Factors",
+    "FusionMethod",
     "Key",
     "KeyValueMethod",
     "KeyValueSite",
@@ -160,6 +161,17 @@ class StreamMethod(Method):
 
     def stream(self, x: Tensor | None, y: Tensor, p: Tensors) -> Tensor:
         """The new branch output, shaped like `y`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FusionMethod(StreamMethod):
+    """Puts together what other adapters, its `parts` by name, make of a branch's output: `stream` is not called."""
+
+    parts: tuple[str, ...] = ()
+
+    def fuse(self, y: Tensor, made: Tensor, p: Tensors) -> Tensor:
+        """The new branch output, shaped like `y (..., width)`, from `made (parts, ..., width)`."""
         raise NotImplementedError
 
 

@@ -5,6 +5,7 @@ from adapters._attach import (
     positions,  # prepares position ids before forwards with a prefix
     products,  # the shortcuts of factored weights
 )
+from adapters._attach.choose import SelectionReport
 from adapters._attach.heads import bare_copy
 from adapters._attach.install import base_parameters, install, remove, replace, set_trainable, tensors_of
 from adapters._attach.labels import labels_of, set_labels
@@ -12,12 +13,13 @@ from adapters._attach.report import AttachReport
 from adapters._attach.state import Adapter, adapters_of, state_of, unwrapped
 from adapters._attach.tables import owners, require_rows, table_of, table_paths
 from adapters._attach.tokens import Tokens
-from adapters._attach.verbs import activate, attach, detach, make_method, using
+from adapters._attach.verbs import activate, attach, compose, detach, make_method, using
 from adapters._attach.weights import base_weight
 
 __all__ = [
     "Adapter",
     "AttachReport",
+    "SelectionReport",
     "Tokens",
     "activate",
     "adapters_of",
@@ -25,6 +27,7 @@ __all__ = [
     "bare_copy",
     "base_parameters",
     "base_weight",
+    "compose",
     "detach",
     "divided",
     "install",

@@ -10,21 +10,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from adapters._attach.container import (
-    CHILD,
-    CalledWeight,
-    Container,
-    Entry,
-    KeyValue,
-    LayerStates,
-    ReadWeight,
-    ScaledInput,
-    Stream,
-)
+from adapters._attach.called import CalledWeight, ReadWeight, ScaledInput
+from adapters._attach.container import CHILD, Container, Entry, KeyValue, LayerStates
 from adapters._attach.heads import replica_of
 from adapters._attach.inside import WRITTEN
 from adapters._attach.revised import NewRows, rows_key
 from adapters._attach.state import Adapter, State
+from adapters._attach.streamed import Fusion, Stream
 from adapters._attach.swap import (
     CALL,
     HOLD,
@@ -42,6 +34,7 @@ from adapters._attach.tokens import ROWS
 from adapters._attach.virtual import entry_of_layers
 from adapters._attach.weights import base_weight, by_site
 from adapters._contract import (
+    FusionMethod,
     KeyValueMethod,
     KeyValueSite,
     LayerSite,
@@ -62,7 +55,7 @@ class Made:
     owner: str
     key: str
     entry: nn.Module | None  # None: the module only gets a face
-    face: str
+    face: str  # "": it needs none
 
 
 def make_entries(model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> list[Made]:
@@ -162,6 +155,8 @@ def _at_site(model: nn.Module, adapter: Adapter, site: Site, given: Mapping[str,
         if owner._parameters.get(site.parameter) is None:
             raise AdapterError(f"this model has no {site.path}, where adapter {adapter.name!r} acts.")
         return _at_weight(model, slot, method, site, given)
+    if isinstance(site, StreamSite) and isinstance(method, FusionMethod):
+        return [Made(site.path, slot, Fusion(method, site, given), CALL)]
     if isinstance(site, StreamSite) and isinstance(method, StreamMethod):
         tap = tap if method.reads_input() else None
         tapped = [Made(site.tap, slot, None, TAP)] if tap is not None and site.tap is not None else []
@@ -217,7 +212,8 @@ def place(model: nn.Module, state: State, made: list[Made], trainable: bool) -> 
     """Makes the changes. Nothing in here can be refused."""
     for change in made:
         module = submodule(model, change.owner)
-        add_faces(module, state, change.face)
+        if change.face:
+            add_faces(module, state, change.face)
         if change.entry is None and change.face == TAP:
             module.__dict__[TAPPED_BY] = module.__dict__.get(TAPPED_BY, frozenset()) | {change.key}
         if change.entry is None:
@@ -239,18 +235,21 @@ def _location(slot: str, path: str, site: Site) -> tuple[str, str]:
     return owner, slot if site.access == "call" else f"{slot}-{parameter}"
 
 
-def adapter_tensors(model: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:
-    """An adapter's tensors, keyed `f"{site.path}:{tensor}"`, and its heads' as `f"{module}:head.{parameter}"`."""
-    found: dict[str, nn.Parameter] = {}
+def adapter_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """An adapter's tensors, keyed `f"{site.path}:{tensor}"`, and its heads' as `f"{module}:head.{parameter}"`.
+
+    Parameters of its entries, or views of its row.
+    """
+    found: dict[str, Tensor] = {}
     for site in adapter.sites:
-        entry = entry_of(model, adapter, site)
-        found.update({f"{site.path}:{key}": cast(nn.Parameter, p) for key, p in entry._parameters.items()})
+        held = adapter.row.at(site.path) if adapter.row is not None else entry_of(model, adapter, site).own()
+        found.update({f"{site.path}:{key}": p for key, p in held.items()})
     for path in adapter.head:
         replica = submodule(model, path)._modules[CHILD]._modules[adapter.slot]  # type: ignore[union-attr]
         found.update({f"{path}:{key}": p for key, p in cast(nn.Module, replica).named_parameters()})
     for table in adapter.tokens.tables if adapter.tokens is not None else ():
         owner, _, name = table.rpartition(".")
-        entry = submodule(model, owner)._modules[CHILD]._modules[rows_key(adapter.slot, name)]  # type: ignore[union-attr,assignment]
+        entry = submodule(model, owner)._modules[CHILD]._modules[rows_key(adapter.slot, name)]  # type: ignore[union-attr]
         found[f"{table}:{ROWS}"] = cast(NewRows, entry).rows
     return found
 

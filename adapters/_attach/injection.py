@@ -9,13 +9,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapters._attach.acting import Chain
 from adapters._attach.container import CHILD, Container, KeyValue
+from adapters._attach.prefixes import Prefixes, prefixes_of
 from adapters._attach.state import STATE, State, after_copy, selection
 from adapters._contract import KeyValueMethod
 from adapters._dispatch import Attention, unwrap_attention, wrap_attention, wrapping_attention
@@ -76,33 +78,34 @@ def _with_prefix(attend: Attention, name: str) -> Attention:
 _NAMES = ("query", "key", "value", "attention_mask")
 
 
-def acting_prefix(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Keys and values (heads, length, dim) of the acting adapters at this attention, or None."""
+def acting_prefix(module: nn.Module) -> Prefixes | None:
+    """What the acting adapters prepend at this attention, or None."""
     state, held = module.__dict__.get(STATE), module._modules.get(CHILD)
     if state is None or not isinstance(held, Container):
         return None
-    entries = (held._modules.get(adapter.slot) for adapter in selection(state))
-    parts = [cast(tuple[Tensor, Tensor], entry()) for entry in entries if isinstance(entry, KeyValue)]
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    return torch.cat([k for k, _ in parts], -2), torch.cat([v for _, v in parts], -2)
+    acting = selection(state)
+    entries = {a: entry for a in acting if isinstance(entry := held._modules.get(a.slot), KeyValue)}
+    if not entries:
+        return None
+    return prefixes_of(acting.node if acting.node is not None else Chain(tuple(acting)), entries)
 
 
 def _attend(
-    attend: Attention, name: str, prefix: tuple[Tensor, Tensor], call: tuple[Any, ...], args: Any, kw: dict[str, Any]
+    attend: Attention, name: str, prefix: Prefixes, call: tuple[Any, ...], args: Any, kw: dict[str, Any]
 ) -> Any:
     """softmax(q [P_k; k]^T) [P_v; v]: the prefix first, visible to every query."""
     module, q, k, v, mask = call
-    pk, pv = (part.to(k.dtype)[None].expand(k.shape[0], -1, -1, -1) for part in prefix)
+    pk, pv = prefix.for_batch(k)
     length, queries = pk.shape[2], q.shape[2]
+    if prefix.visible is not None and mask is None:
+        mask = _everything(q, k, name, causal=queries > 1 and _is_causal(module, kw))
     if k.shape[1] != pk.shape[1]:  # this implementation was handed keys that are repeated for grouped queries
         groups = k.shape[1] // pk.shape[1]
         pk, pv = pk.repeat_interleave(groups, 1), pv.repeat_interleave(groups, 1)
     for key in ("indices", "block_indices"):
         if kw.get(key) is not None:
             raise AdapterError(f"this attention picks its keys by number ({key}), which a prefix would move.")
-    causal = kw.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal = _is_causal(module, kw)
     bias = kw.get("position_bias")
     if bias is not None:  # (1 or rows, heads, queries, keys): no bias for the prefix
         kw["position_bias"] = F.pad(bias[..., -k.shape[2] :], (length, 0))
@@ -119,23 +122,51 @@ def _attend(
         output, weights = attend(module, padded, torch.cat([pk, k], 2), torch.cat([pv, v], 2), None, *args, **kw)
         return output[:, length:].contiguous(), weights
     if mask is not None:
-        mask = _extended(mask, k.shape[2], length)
+        mask = _extended(mask, k.shape[2], length, prefix.hidden(k))
     return attend(module, q, torch.cat([pk, k], 2), torch.cat([pv, v], 2), mask, *args, **kw)
 
 
-def _extended(mask: Any, keys: int, length: int) -> Tensor:
-    """The mask with `length` visible columns before its own: True in a boolean mask, 0 in an additive one."""
+def _is_causal(module: nn.Module, kw: dict[str, Any]) -> bool:
+    given = kw.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def _everything(q: Tensor, k: Tensor, name: str, causal: bool) -> Tensor:
+    """The mask that stands for none: of a kernel, all keys, or those up to each query."""
+    if name.startswith("flash"):
+        return torch.ones(k.shape[0], k.shape[2], dtype=torch.long, device=k.device)
+    visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=k.device)
+    if causal and name != "eager":
+        visible = visible.tril_()
+    if name == "eager":  # which adds its mask
+        return torch.zeros(1, 1, *visible.shape, dtype=q.dtype, device=q.device)
+    return visible[None, None]
+
+
+def _extended(mask: Any, keys: int, length: int, hidden: Tensor | None) -> Tensor:
+    """The mask with `length` columns before its own, visible but where `hidden` (rows, length) says otherwise.
+
+    Visible is True in a boolean mask, 0 in an additive one.
+    """
     if not isinstance(mask, Tensor):
         raise AdapterError(
             f"a prefix cannot extend a {type(mask).__name__}: load the model with sdpa or eager attention."
         )
     if mask.dim() == 2:  # (rows, keys), 1 where a key is visible
-        return torch.cat([mask.new_ones(mask.shape[0], length), mask[:, :keys]], 1)
+        columns = mask.new_ones(mask.shape[0], length)
+        columns = columns if hidden is None else columns.masked_fill(hidden, 0)
+        return torch.cat([columns, mask[:, :keys]], 1)
     mask = mask[..., :keys]
     if mask.shape[-1] != keys:
         mask = mask.expand(*mask.shape[:-1], keys)
     visible = torch.ones if mask.dtype == torch.bool else torch.zeros
-    return torch.cat([visible(*mask.shape[:-1], length, dtype=mask.dtype, device=mask.device), mask], -1)
+    if hidden is not None:
+        mask = mask.expand(hidden.shape[0], *mask.shape[1:])
+    columns = visible(*mask.shape[:-1], length, dtype=mask.dtype, device=mask.device)
+    if hidden is not None:
+        no = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        columns = columns.masked_fill(hidden[:, None, None, :], no)
+    return torch.cat([columns, mask], -1)
 
 
 def _provide_again(state: State) -> None:

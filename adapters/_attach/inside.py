@@ -46,7 +46,9 @@ def written_call(inner: Callable[..., Any], product: int) -> Callable[..., Any]:
         prefix = acting_prefix(self)
         if prefix is None:
             return inner(self, *args, **kwargs)
-        mode = Written(product, _Spread(*prefix))
+        if prefix.visible is not None or prefix.keys.dim() != 3:
+            raise AdapterError(_lost(self, "its rows have prefixes of their own"))
+        mode = Written(product, _Spread(prefix.keys, prefix.values))
         try:
             with mode:
                 result = inner(self, *args, **kwargs)

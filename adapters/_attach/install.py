@@ -11,17 +11,21 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from adapters._attach import injection
+from adapters._attach.choose import resolve
 from adapters._attach.container import Container
-from adapters._attach.entries import adapter_tensors, drop_slot, make_entries, place
+from adapters._attach.entries import adapter_tensors, drop_slot, place
 from adapters._attach.inputs import input_embeddings
 from adapters._attach.labels import show_labels
-from adapters._attach.state import ENTER, FACES, STATE, Adapter, State, state_of, unwrapped
+from adapters._attach.names import check_unused, forget, names_used
+from adapters._attach.rowed import prepared, release
+from adapters._attach.state import ENTER, FACES, NOBODY, STATE, Adapter, State, state_of, unwrapped
 from adapters._attach.swap import CHECKPOINT, INPUT, PREPARE, STATISTICS, add_faces, strip
 from adapters._attach.tokens import Tokens
 from adapters._contract import KeyValueMethod, Method, Site
 from adapters._errors import AdapterError
 from adapters._fourbit import guard_against_repacking
 from adapters._heads import base_model
+from adapters._selection import Selection
 from adapters._sharded import is_sharded
 from adapters._sites import SiteMap
 
@@ -40,8 +44,12 @@ def install(
     labels: Mapping[str, str] | None = None,
     tokens: Tokens | None = None,
     map: SiteMap | None = None,
+    banked: bool = False,
 ) -> Adapter:
     """Adds an adapter whose tensors exist already, keyed as `tensors_of` gives them.
+
+    `banked` puts them into one row of memory that is not among the model's parameters, if the adapter is frozen and
+    has neither a head nor tokens.
 
     Raises:
         AdapterError: the name is taken, a site does not exist in this model, or tensors are missing or superfluous.
@@ -51,23 +59,28 @@ def install(
     found = state_of(model)
     state = found if found is not None else State(required_grad=_flags(model))
     guard_against_repacking(model)
-    slot, labels = state.new_slot(), labels if head else None
-    adapter = Adapter(name, slot, method, tuple(sites), tuple(head), trainable, dict(facts or {}), labels, tokens)
-    made = make_entries(model, adapter, tensors)
+    labels, fixed = labels if head else None, (method, tuple(sites), tuple(head))
+    whole = Adapter(name, "", *fixed, trainable, dict(facts or {}), labels, tokens)
+    adapter, made = prepared(model, state, whole, tensors, banked)
     try:
         if found is None:
             _enter(model, state)
         place(model, state, made, trainable)
         _inject(state, adapter)
-        state.adapters = {**state.adapters, name: adapter}
         state.map = map or state.map
-        if activate:
-            state.active = (adapter,)
-            show_labels(model, state, state.active)
+        show(model, state, {**state.adapters, name: adapter}, name if activate else state.active.value)
     except BaseException:  # an interrupt, whose moment nobody chooses
         _take_out(model, state, adapter)
         raise
     return adapter
+
+
+def show(model: nn.Module, state: State, attached: Mapping[str, Adapter], active: Selection) -> None:
+    """Makes these the attached adapters, and `active` what acts of them: nothing in here takes long."""
+    state.adapters = attached
+    state.resolved = {}
+    state.active = resolve(state, active)
+    show_labels(model, state, state.active)
 
 
 def check_attachable(model: nn.Module, name: str) -> None:
@@ -95,39 +108,53 @@ def replace(
     facts: Mapping[str, object] | None = None,
     labels: Mapping[str, str] | None = None,
     tokens: Tokens | None = None,
+    banked: bool = False,
 ) -> Adapter:
     """Exchanges an attached adapter in one step. A forward under way goes on with the version that it began with."""
     state, old = _attached(model, name)
     model = unwrapped(model)
-    slot, labels = state.new_slot(), labels if head else None
-    new = Adapter(name, slot, method, tuple(sites), tuple(head), old.trainable, dict(facts or {}), labels, tokens)
-    made = make_entries(model, new, tensors)
+    labels, fixed = labels if head else None, (method, tuple(sites), tuple(head))
+    whole = Adapter(name, "", *fixed, old.trainable, dict(facts or {}), labels, tokens)
+    new, made = prepared(model, state, whole, tensors, banked)
+    before, selected = state.adapters, state.active.value
     try:
         place(model, state, made, old.trainable)
         _inject(state, new)
-    except BaseException:
-        drop_slot(model, new.slot)
+        show(model, state, {**before, name: new}, selected)
+    except BaseException:  # as where the new one cannot act in the selection that is active
+        show(model, state, before, selected)
+        release(model, state, new, before.values())
         raise
-    # whoever is still running the old version holds a reference to it; its tensors go when the last one ends
-    weakref.finalize(old, _drop_slot, weakref.ref(model), old.slot).atexit = False
-    state.adapters = {**state.adapters, name: new}
-    state.active = tuple(new if adapter is old else adapter for adapter in state.active)
-    show_labels(model, state, state.active)
+    if old.row is None:
+        # whoever is still running the old version holds a reference to it; its tensors go when the last one ends
+        weakref.finalize(old, _drop_slot, weakref.ref(model), old.slot).atexit = False
     return new
 
 
 def remove(model: nn.Module, name: str) -> None:
-    """Takes one adapter out; with the last one the model gets every class, flag and key back."""
+    """Takes one adapter out; with the last one the model gets every class, flag and key back.
+
+    A composition of that name is forgotten. Where the adapter is a part of what is active, nothing is, afterwards.
+
+    Raises:
+        AdapterError: no such adapter is attached, or it is a part of a composition that has a name, or of a fusion.
+    """
+    state = state_of(model)
+    if state is not None and name in state.named:
+        forget(unwrapped(model), state, name)
+        return
     state, adapter = _attached(model, name)
+    check_unused(state, name)
     _take_out(unwrapped(model), state, adapter)
 
 
 def _take_out(model: nn.Module, state: State, adapter: Adapter) -> None:
     """May be interrupted and called again: the adapter is forgotten, and the root given back, at the very end."""
     others = {name: other for name, other in state.adapters.items() if other is not adapter}
-    state.active = tuple(other for other in state.active if other is not adapter)
-    show_labels(model, state, state.active)
-    drop_slot(model, adapter.slot)
+    if adapter.name in names_used(state, state.active.value) and adapter in state.adapters.values():
+        state.active = NOBODY
+        show_labels(model, state, state.active)
+    release(model, state, adapter, others.values())
     if not any(isinstance(other.method, KeyValueMethod) for other in others.values()):
         injection.withdraw(state)
     if not others:
@@ -136,7 +163,7 @@ def _take_out(model: nn.Module, state: State, adapter: Adapter) -> None:
         for module in list(model.modules())[1:]:
             if FACES in module.__dict__:
                 strip(module)
-    state.adapters = others
+    state.adapters, state.resolved = others, {}
     if not others and FACES in model.__dict__:
         strip(model)
 
@@ -144,15 +171,26 @@ def _take_out(model: nn.Module, state: State, adapter: Adapter) -> None:
 def set_trainable(model: nn.Module, name: str, trainable: bool) -> Adapter:
     """Lets an attached adapter's tensors, its heads' included, train from now on, or freezes them."""
     state, old = _attached(model, name)
+    if old.row is not None:
+        return _unbanked(model, state, old) if trainable else old
     new = dataclasses.replace(old, trainable=trainable)
     for parameter in adapter_tensors(unwrapped(model), old).values():
         parameter.requires_grad_(trainable)
-    state.adapters = {**state.adapters, name: new}
-    state.active = tuple(new if adapter is old else adapter for adapter in state.active)
+    show(unwrapped(model), state, {**state.adapters, name: new}, state.active.value)
     return new
 
 
-def tensors_of(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+def _unbanked(model: nn.Module, state: State, old: Adapter) -> Adapter:
+    """Gives an adapter whose tensors are in a row parameters of its own, which train."""
+    model, before = unwrapped(model), state.adapters
+    tensors = {key: tensor.clone() for key, tensor in adapter_tensors(model, old).items()}
+    new, made = prepared(model, state, dataclasses.replace(old, trainable=True, row=None), tensors, banked=False)
+    place(model, state, made, trainable=True)
+    show(model, state, {**before, old.name: new}, state.active.value)
+    return new
+
+
+def tensors_of(model: nn.Module, name: str) -> dict[str, Tensor]:
     """An adapter's tensors by `f"{site.path}:{tensor}"`, `f"{head}:head.{parameter}"` and `f"{table}:tokens.rows"`."""
     return adapter_tensors(unwrapped(model), _attached(model, name)[1])
 

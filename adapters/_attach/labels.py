@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from adapters._attach.state import Selection, State
+from adapters._attach.state import Acting, State
 
 
 def labels_of(model: nn.Module) -> dict[str, str] | None:
@@ -16,7 +16,7 @@ def labels_of(model: nn.Module) -> dict[str, str] | None:
     return {str(key): str(value) for key, value in found.items()} if found else None
 
 
-def show_labels(model: nn.Module, state: State, active: Selection) -> None:
+def show_labels(model: nn.Module, state: State, active: Acting) -> None:
     """Gives the configuration, and the model's `num_labels`, the labels of the head that acts, or the base's own."""
     if state.labels is None:
         if not any(adapter.labels for adapter in active):

@@ -7,14 +7,15 @@ both: without them a padded row's first token would be far from the prefix.
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapters._attach.state import State, selection
+from adapters._attach.acting import Chain, Mean, Node
+from adapters._attach.per_row import PerRow
+from adapters._attach.signature import forward_parameters
+from adapters._attach.state import Adapter, State, selection
 from adapters._attach.swap import Call, base_class, before_forward
 from adapters._contract import KeyValueMethod, KeyValueSite
 
@@ -32,17 +33,17 @@ def with_positions(model: nn.Module, state: State, args: tuple[Any, ...], kwargs
 
 def position_ids(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """What `position_ids` must be in a forward whose selection holds a prefix, or None where they need no change."""
-    prefixes = [adapter for adapter in selection(state) if isinstance(adapter.sites[0], KeyValueSite)]
+    acting = selection(state)
+    prefixes = [adapter for adapter in acting if isinstance(adapter.sites[0], KeyValueSite)]
     if not prefixes:
         return None
     names = forward_parameters(base_class(model))
     if "position_ids" not in names:
         return None
     given = dict(zip(names, args, strict=False)) | kwargs
-    shifted = [a for a in prefixes if isinstance(a.method, KeyValueMethod) and a.method.positions == "shifted"]
-    shift = sum(adapter.method.length for adapter in shifted if isinstance(adapter.method, KeyValueMethod))
+    shift = _shift(acting.node if acting.node is not None else Chain(tuple(acting)))
     if given.get("position_ids") is not None:
-        return given["position_ids"] + shift if shift else None
+        return given["position_ids"] + _like(shift, given["position_ids"]) if shift else None
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     prefixed = [site for adapter in prefixes for site in adapter.sites if isinstance(site, KeyValueSite)]
     causal = all(site.causal for site in prefixed)
@@ -57,13 +58,32 @@ def position_ids(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: 
         cache = given.get("past_key_values")
         start = int(cache.get_seq_length()) if cache is not None else 0
         ids = torch.arange(start, start + count, device=tokens.device)[None].expand(tokens.shape[0], -1)
-    return ids + shift
+    return ids + _like(shift, ids)
 
 
-@cache
-def forward_parameters(cls: Any) -> tuple[str, ...]:
-    """The names of what a class's forward accepts."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
+def _shift(node: Node) -> int | tuple[int, ...]:
+    """By how many positions the prefixes under a node move the tokens: for each row, where rows differ."""
+    if isinstance(node, Adapter):
+        shifted = isinstance(node.method, KeyValueMethod) and node.method.positions == "shifted"
+        return node.traits.prefix if shifted else 0
+    if isinstance(node, Chain):
+        return sum(_whole(part) for part in node.parts)
+    if isinstance(node, Mean):
+        return max(_whole(part) for part in node.parts)
+    if isinstance(node, PerRow):
+        rows = tuple(_whole(part) for part in node.parts)
+        return rows if any(rows) else 0
+    return 0
+
+
+def _whole(node: Node) -> int:
+    found = _shift(node)
+    assert isinstance(found, int), "a selection by row is never a part"
+    return found
+
+
+def _like(shift: int | tuple[int, ...], ids: Tensor) -> int | Tensor:
+    return shift if isinstance(shift, int) else torch.tensor(shift, device=ids.device)[:, None]
 
 
 before_forward.append(with_positions)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from adapters._attach.injection import recording
 from adapters._attach.inside import of_first_row, recording_written
-from adapters._attach.state import State, holding, state_of
+from adapters._attach.state import NOBODY, State, holding, state_of
 from adapters._contract import KeyValueSite, LayerSite, Site
 from adapters._errors import AdapterError
 from adapters._evaluating import evaluating
@@ -37,7 +37,7 @@ def record(model: nn.Module, runs: nn.Module, sites: tuple[Site, ...], inputs: M
     layers = {site.path: site for site in sites if isinstance(site, LayerSite)}
     with (
         evaluating(model),
-        holding(state_of(model) or State(), ()),
+        holding(state_of(model) or State(), NOBODY),
         recording(see),
         recording_written(model, own, see),
         _entering(model, layers, found),

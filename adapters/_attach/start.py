@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters._attach.positions import forward_parameters
 from adapters._attach.recorded import NegativePosition, Recorded, of_length, record
+from adapters._attach.signature import forward_parameters
 from adapters._attach.swap import base_class
 from adapters._contract import KeyValueMethod, KeyValueSite, LayerSite, Method, Site
 from adapters._errors import AdapterError

@@ -8,7 +8,8 @@ a context variable, so that threads and coroutines do not see each other's; noth
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,10 +18,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from adapters._attach.bank import Key, Layout, Row
 from adapters._attach.tokens import Tokens
 from adapters._contract import Method, Site
+from adapters._selection import Part
 from adapters._sites import SiteMap
 
+Chosen: TypeAlias = Part | tuple[Part, ...]  # a selection that can be a key
+SHAPE = "shape"  # in the notes of a forward: of its batch
 STATE = "_adapter_state"  # the name, in a module's __dict__, of the model's State
 FACES = "_adapter_faces"  # the name, in a module's __dict__, of what its swapped class adds
 ENTER = "enter"  # the face of the module that was attached to
@@ -39,9 +44,33 @@ class Adapter:
     facts: Mapping[str, object] = field(default_factory=dict)
     labels: Mapping[str, str] | None = None  # of its head
     tokens: Tokens | None = None  # whose rows it trains
+    row: Row | None = None  # where its tensors are, if its entries hold none
+    traits: Any = None  # Traits, which know of entries, and those of this module
+
+    def at(self, entry: Any) -> Mapping[str, torch.Tensor]:
+        """The tensors of this adapter at one of its entries."""
+        found: Mapping[str, torch.Tensor] = entry.own() if self.row is None else self.row.at(entry.site.path)
+        return found
 
 
-Selection: TypeAlias = tuple[Adapter, ...]
+class Acting(tuple[Adapter, ...]):
+    """The adapters that take part in a forward, and how.
+
+    `node` is None where they act one after the other. `value` is the selection as the caller gave it.
+    """
+
+    node: Any = None
+    value: Chosen = None
+    separately: str = ""  # why the rows of a batch run by selection, where they differ and cannot be followed
+
+    @classmethod
+    def of(cls, adapters: Iterable[Adapter], value: Chosen, node: Any = None, separately: str = "") -> Acting:
+        made = cls(adapters)
+        made.node, made.value, made.separately = node, value, separately
+        return made
+
+
+NOBODY = Acting()
 
 
 @dataclass(eq=False)
@@ -49,8 +78,12 @@ class State:
     """The adapters attached to one model, those that act, and what `detach` must give back."""
 
     adapters: Mapping[str, Adapter] = field(default_factory=dict)  # replaced whole, never changed in place
-    active: Selection = ()
-    compiled: Selection | None = None  # what `using` chose, for compiled code, which cannot follow context variables
+    active: Acting = NOBODY
+    named: Mapping[str, Part] = field(default_factory=dict)  # compositions by name; replaced whole
+    layouts: weakref.WeakValueDictionary[Key, Layout] = field(default_factory=weakref.WeakValueDictionary)
+    resolved: dict[Chosen, Acting] = field(default_factory=dict)  # selections used lately, while the adapters are these
+    stacked: Any = None  # the selection by row whose adapters' tensors were stacked last
+    compiled: Acting | None = None  # what `using` chose, for compiled code, which cannot follow context variables
     required_grad: dict[str, bool] = field(default_factory=dict)  # of the base's parameters, before the first attach
     map: SiteMap | None = None  # of the base, once it was traced or an adapter brought it along
     base_path: str = ""  # of the base model below the heads, with a dot at its end
@@ -62,16 +95,24 @@ class State:
         self.made += 1
         return f"s{self.made - 1}"
 
+    def rows(self) -> list[Row]:
+        """The rows of memory of the adapters that have one."""
+        return [adapter.row for adapter in self.adapters.values() if adapter.row is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "layouts": {}, "resolved": {}, "stacked": None}  # found again, and made anew
+
     def __setstate__(self, fields: dict[str, Any]) -> None:
         """A copied or unpickled model needs from the process what the original had."""
         self.__dict__.update(fields)
+        self.layouts = weakref.WeakValueDictionary({row.layout.key: row.layout for row in self.rows()})
         for restore in after_copy:
             restore(self)
 
 
 after_copy: list[Callable[[State], None]] = []
 Notes: TypeAlias = dict[str, Any]  # what the parts of one forward leave for each other
-_frames: ContextVar[tuple[tuple[State, Selection, Notes], ...]] = ContextVar("frames", default=())
+_frames: ContextVar[tuple[tuple[State, Acting, Notes], ...]] = ContextVar("frames", default=())
 
 
 class _Forwards(threading.local):
@@ -85,7 +126,7 @@ class _Forwards(threading.local):
 _forwards = _Forwards()
 
 
-def selection(state: State) -> Selection:
+def selection(state: State) -> Acting:
     """The adapters that act now: those of this context's innermost frame of this model, else the active ones."""
     if torch.compiler.is_compiling():
         return state.active if state.compiled is None else state.compiled
@@ -103,15 +144,17 @@ def notes(state: State) -> Notes:
 class holding:
     """`with holding(state, chosen):` makes `chosen` this context's selection, whatever others activate meanwhile."""
 
-    __slots__ = ("chosen", "frame", "notes", "state")
+    __slots__ = ("chosen", "frame", "notes", "report", "state")
 
-    def __init__(self, state: State, chosen: Selection, notes: Notes | None = None) -> None:
+    def __init__(self, state: State, chosen: Acting, notes: Notes | None = None, report: Any = None) -> None:
         self.state, self.chosen, self.notes = state, chosen, {} if notes is None else notes
+        self.report = report
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Any:
         if not torch.compiler.is_compiling():
             self.frame = (self.state, self.chosen, self.notes)
             _frames.set((*_frames.get(), self.frame))
+        return self.report
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -126,15 +169,20 @@ class choosing(holding):
 
     __slots__ = ("before",)
 
-    def __enter__(self) -> None:
-        super().__enter__()
+    def __enter__(self) -> Any:
         self.before, self.state.compiled = self.state.compiled, self.chosen
+        return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.state.compiled = self.before
         super().__exit__(kind, error, trace)
+
+
+def is_outermost(state: State) -> bool:
+    """Whether no forward of the model is under way in this thread."""
+    return not any(other is state for other in _forwards.running)
 
 
 class running:
@@ -146,7 +194,7 @@ class running:
         self.state = state
 
     def __enter__(self) -> bool:
-        outermost = not any(state is self.state for state in _forwards.running)
+        outermost = is_outermost(self.state)
         _forwards.running.append(self.state)
         return outermost
 
@@ -158,7 +206,7 @@ class running:
             _forwards.taps.clear()
 
 
-def carrying(function: Callable[..., Any], state: State, chosen: Selection) -> Callable[..., Any]:
+def carrying(function: Callable[..., Any], state: State, chosen: Acting) -> Callable[..., Any]:
     """`function`, run under `chosen` and this forward's notes, whenever and on whatever thread it is called."""
     kept = dict(notes(state))  # the forward may have ended, and cleared them, when a layer is computed again
 
@@ -174,8 +222,14 @@ def put_tap(module: nn.Module, x: torch.Tensor) -> None:
     _forwards.taps[id(module)] = x
 
 
-def take_tap(module: nn.Module) -> torch.Tensor | None:
-    return _forwards.taps.pop(id(module), None)
+def tapped(module: nn.Module) -> torch.Tensor | None:
+    """What a tapped module received."""
+    return _forwards.taps.get(id(module))
+
+
+def drop_tap(module: nn.Module) -> None:
+    """The branch has ended: nothing needs its input any more."""
+    _forwards.taps.pop(id(module), None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

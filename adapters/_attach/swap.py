@@ -9,25 +9,28 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adapters._attach.at_module import changed, read_under, scaled_arguments
+from adapters._attach.batches import GENERATE, bound, by_selection, of_generate, padding, refuse_in_compiled_code
 from adapters._attach.chain import without_container
-from adapters._attach.container import CHILD, Container, ScaledInput
+from adapters._attach.container import CHILD, Container
 from adapters._attach.inputs import input_call, is_cut_off
 from adapters._attach.inside import WRITTEN, written_call
-from adapters._attach.revised import rows_key
+from adapters._attach.signature import forward_parameters
 from adapters._attach.state import (
     ENTER,
     FACES,
     STATE,
-    Selection,
+    Acting,
     State,
     carrying,
     holding,
+    is_outermost,
     notes,
     put_tap,
     running,
@@ -159,12 +162,7 @@ def _site_call(base_call: Callable[..., Any], tapped: bool) -> Callable[..., Any
         if tapped and any(adapter.slot in self.__dict__[TAPPED_BY] for adapter in acting):
             put_tap(self, args[0] if args else next(iter(kwargs.values())))
         held = self._modules.get(CHILD)
-        if held is not None:
-            for adapter in acting:
-                entry = held._modules.get(adapter.slot)
-                if entry is not None and not isinstance(entry, ScaledInput):
-                    y = entry(args, kwargs, y)
-        return y
+        return y if held is None or state is None else changed(state, acting, held._modules, args, kwargs, y)
 
     return __call__
 
@@ -175,10 +173,9 @@ def _scaling_call(base: type[nn.Module]) -> Callable[..., Any]:
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state, held = self.__dict__.get(STATE), self._modules.get(CHILD)
-        for adapter in selection(state) if state is not None and held is not None else ():
-            entry = held._modules.get(adapter.slot)  # type: ignore[union-attr]
-            if isinstance(entry, ScaledInput):
-                args, kwargs = entry(args, kwargs)
+        acting = selection(state) if state is not None else ()
+        if acting and held is not None and state is not None:
+            args, kwargs = scaled_arguments(state, acting, held._modules, args, kwargs)
         return base_call(self, *args, **kwargs)
 
     return __call__
@@ -191,9 +188,16 @@ def _root_call(inner: Callable[..., Any], root: bool) -> Callable[..., Any]:
             return inner(self, *args, **kwargs)
         acting = selection(state)
         if torch.compiler.is_compiling():
+            refuse_in_compiled_code(acting)
             args, kwargs = _prepared(self, state, args, kwargs) if root and acting else (args, kwargs)
             return inner(self, *args, **kwargs)
-        with holding(state, acting, notes(state)), running(state) as outermost:
+        kept = notes(state)
+        if acting.node is not None and is_outermost(state):
+            names = forward_parameters(base_class(self))
+            if (whole := by_selection(state, acting, names)) is not None:
+                return whole(partial(__call__, self), args, kwargs)
+            acting = bound(state, acting, kept, names, args, kwargs)
+        with holding(state, acting, kept), running(state) as outermost:
             if acting and outermost:
                 args, kwargs = _prepared(self, state, args, kwargs)
             result = inner(self, *args, **kwargs)
@@ -205,7 +209,7 @@ def _root_call(inner: Callable[..., Any], root: bool) -> Callable[..., Any]:
     return __call__
 
 
-def _needs_input_grads(state: State, acting: Selection, result: Any, part: str) -> bool:
+def _needs_input_grads(state: State, acting: Acting, result: Any, part: str) -> bool:
     """Whether what should train is cut off from the adapters inside `part`: it is run again, once in a model's life."""
     if state.inputs_require_grad or not torch.is_grad_enabled() or not is_cut_off(result):
         return False
@@ -223,7 +227,10 @@ def _root_generate(inner: Callable[..., Any]) -> Callable[..., Any]:
         state: State | None = self.__dict__.get(STATE)
         if state is None:
             return inner(self, *args, **kwargs)
-        with holding(state, selection(state)):
+        acting = selection(state)
+        if acting.node is not None and (whole := by_selection(state, acting, GENERATE, padding(self, kwargs))):
+            return whole(partial(generate, self), args, kwargs)
+        with holding(state, acting, of_generate(acting)):
             return inner(self, *args, **kwargs)
 
     generate.__doc__ = inner.__doc__
@@ -249,13 +256,7 @@ def _reader(parameter: str) -> Callable[[nn.Module], Any]:
         if not torch.compiler.is_compiling() and is_sharded(raw):
             return raw  # its owner is not running: FSDP2 itself asks (`divided` has refused all else)
         if held is not None and state is not None:
-            for adapter in selection(state):
-                entry = held._modules.get(f"{adapter.slot}-{parameter}")
-                if entry is not None:
-                    stored = entry(stored)
-                rows = held._modules.get(rows_key(adapter.slot, parameter))
-                if rows is not None:
-                    stored = rows(stored, raw)
+            stored = read_under(selection(state), held._modules, parameter, stored, raw)
         return stored
 
     return read

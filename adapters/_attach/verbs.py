@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from adapters import _registry
+from adapters._attach.choose import SelectionReport, report_of, resolve
 from adapters._attach.entries import check_free
 from adapters._attach.heads import bare_copy, chosen_heads
 from adapters._attach.install import base_parameters, check_attachable, install, remove
 from adapters._attach.labels import labels_of, show_labels
+from adapters._attach.names import give_name
 from adapters._attach.report import AttachReport, describe, in_short
 from adapters._attach.start import prefix_start
 from adapters._attach.state import State, adapters_of, choosing, state_of, unwrapped
@@ -22,6 +24,7 @@ from adapters._attach.tables import Wanted, check_heads, chosen_tokens, first_ro
 from adapters._attach.tokens import Tokens
 from adapters._attach.weights import base_weight, bias_notes
 from adapters._contract import (
+    FusionMethod,
     KeyValueMethod,
     KeyValueSite,
     LayerSite,
@@ -35,6 +38,7 @@ from adapters._contract import (
 from adapters._errors import AdapterError, nearest
 from adapters._fourbit import elements, guard_against_repacking, quantized_parameters
 from adapters._quantize import quantize
+from adapters._selection import Average, Part, Selection, Split, Stack
 from adapters._sites import SiteMap, select
 from adapters._sites import sites as trace
 
@@ -132,34 +136,59 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     Raises:
         AdapterError: no adapter of that name is attached.
     """
-    for each in [name] if name is not None else list(adapters_of(model)):
+    if name is not None:
+        remove(model, name)
+        return
+    state = state_of(model)
+    fusions = [each.name for each in adapters_of(model).values() if isinstance(each.method, FusionMethod)]
+    named = list(state.named) if state is not None else []
+    for each in dict.fromkeys([*reversed(named), *fusions, *adapters_of(model)]):
         remove(model, each)
 
 
-def activate(model: nn.Module, name: str | None) -> None:
-    """Makes the adapter `name` act, or none: one assignment, which changes neither tensors nor `requires_grad`.
+def activate(model: nn.Module, selection: Selection) -> SelectionReport:
+    """Makes a selection act: one assignment, which changes neither tensors nor `requires_grad`.
 
     Where adapters have heads of their own, the configuration's labels are those of the one that acts.
 
+    Args:
+        selection: the name of an adapter or of a composition, None for the base alone, a Stack, Average, Split or
+            Parallel, or a list of these with one entry for each row of the batch.
+
     Raises:
-        AdapterError: no adapter of that name is attached.
+        AdapterError: no adapter of that name is attached, or the parts cannot act in this way.
     """
-    chosen = _chosen(model, name)
-    state = state_of(model)
-    if state is not None:
-        state.active = chosen
-        show_labels(unwrapped(model), state, chosen)
+    state = state_of(model) or State()
+    chosen = resolve(state, selection)
+    state.active = chosen
+    show_labels(unwrapped(model), state, chosen)
+    return report_of(chosen)
 
 
-def using(model: nn.Module, name: str | None) -> choosing:
-    """`with using(model, name):` the adapter `name` acts (None: the base alone) in this context's forwards.
+def using(model: nn.Module, selection: Selection) -> choosing:
+    """`with using(model, selection) as report:` the selection acts in this context's forwards, as in `activate`.
 
     Threads and coroutines do not see each other's choice, except in compiled code, which sees the latest.
 
     Raises:
-        AdapterError: no adapter of that name is attached.
+        AdapterError: as `activate`.
     """
-    return choosing(state_of(model) or State(), _chosen(model, name))
+    state = state_of(model) or State()
+    chosen = resolve(state, selection)
+    return choosing(state, chosen, report=report_of(chosen))
+
+
+def compose(model: nn.Module, name: str, composition: Part) -> SelectionReport:
+    """Gives a Stack, Average or Split a name, under which it is activated, saved and loaded like an adapter.
+
+    Raises:
+        AdapterError: the name is taken, or the composition cannot act.
+    """
+    state = state_of(model) or State()
+    if not isinstance(composition, Stack | Average | Split):
+        raise AdapterError(f"{composition!r} is no composition of adapters: a Stack, an Average or a Split.")
+    give_name(state, name, composition)
+    return report_of(resolve(state, name))
 
 
 def make_method(method: str | Method, hyperparameters: Mapping[str, Any]) -> Method:
@@ -176,16 +205,6 @@ def make_method(method: str | Method, hyperparameters: Mapping[str, Any]) -> Met
         if key not in known:
             raise AdapterError(f"{method} has no field {key!r}{nearest(key, known)} Fields: {', '.join(known)}.")
     return cls(**hyperparameters)
-
-
-def _chosen(model: nn.Module, name: str | None) -> tuple[Any, ...]:
-    if name is None:
-        return ()
-    attached = adapters_of(model)
-    if not isinstance(name, str) or name not in attached:
-        there = ", ".join(attached) or "none"
-        raise AdapterError(f"no adapter {name!r} is attached; attached: {there}. A selection is one name, or None.")
-    return (attached[name],)
 
 
 def _quantized(model: nn.Module, method: Method) -> list[str]:

@@ -100,12 +100,12 @@ def layer_call(inner: Callable[..., Any]) -> Callable[..., Any]:
         plan: Plan | None = notes(state).get(_PLAN) if state is not None else None
         if plan is None or not isinstance(held, Container):
             return inner(self, *args, **kwargs)
-        entries = [held._modules.get(adapter.slot) for adapter in selection(cast(State, state))]
-        entry = next((each for each in entries if isinstance(each, LayerStates)), None)
-        if entry is None:
+        entries = [(a, held._modules.get(a.slot)) for a in selection(cast(State, state))]
+        adapter, entry = next(((a, each) for a, each in entries if isinstance(each, LayerStates)), (None, None))
+        if adapter is None or entry is None:
             return inner(self, *args, **kwargs)
-        site = cast(LayerSite, entry.site)
-        args, kwargs = _exchanged(args, kwargs, site, lambda x: plan.overwritten(x, entry()))
+        site, states = cast(LayerSite, entry.site), entry(adapter.at(entry))
+        args, kwargs = _exchanged(args, kwargs, site, lambda x: plan.overwritten(x, states))
         result = inner(self, *args, **kwargs)
         return _with_output(result, site, plan.dropped) if site.path == plan.last else result
 

@@ -48,8 +48,10 @@ def load(
     chosen = name if name is not None else bundle.name
     notes = notes_on(model, bundle)
     tensors = _own(bundle.tensors) if trainable or bundle is source else bundle.tensors
-    kept = {**_kept(bundle), "map": _map(model, bundle)}
-    install(model, chosen, bundle.method, bundle.sites, tensors, trainable=trainable, activate=activate, **kept)
+    kept = {**_kept(bundle), "map": _map(model, bundle) if force is None else None}  # another base has other sites
+    install(
+        model, chosen, bundle.method, bundle.sites, tensors, trainable=trainable, activate=activate, banked=True, **kept
+    )
     return report(bundle, chosen, base, notes)
 
 
@@ -78,7 +80,7 @@ def swap(
     base = check_base(model, bundle, force, check)
     notes = notes_on(model, bundle)
     tensors = _own(bundle.tensors) if attached[name].trainable or bundle is source else bundle.tensors
-    replace(model, name, bundle.method, bundle.sites, tensors, **_kept(bundle))
+    replace(model, name, bundle.method, bundle.sites, tensors, banked=True, **_kept(bundle))
     return report(bundle, name, base, notes)
 
 

@@ -1,0 +1,116 @@
+"""Where the tensors of frozen adapters are: each adapter's in one row of memory, which its modules only look at.
+
+Adapters of the same method on the same sites share a Layout, and with it one set of modules; each has a Row of its own,
+a flat tensor for each device and dtype. Adding one is one copy, whatever the number of sites; one adapter costs its
+own bytes, and gives them back when the last who holds it is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from adapters._contract import Method, Site
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor is in a row: its block, and the elements of it."""
+
+    block: int
+    offset: int
+    shape: tuple[int, ...]
+
+
+Key: TypeAlias = tuple[Method, tuple[Site, ...], tuple[tuple[str, torch.Size, torch.dtype], ...]]
+
+
+class Layout:
+    """What adapters of one kind share: the modules `slot`, and where each tensor is in a row, by site path and name."""
+
+    traits: Any = None  # of every adapter of this layout
+
+    def __init__(self, slot: str, key: Key, devices: Mapping[str, torch.device]) -> None:
+        self.slot, self.key = slot, key
+        self.blocks: list[tuple[torch.device, torch.dtype]] = []
+        self.places: dict[str, dict[str, Place]] = {}
+        self.order: list[list[str]] = []  # of each block, the tensors in it
+        sizes: list[int] = []
+        for name, shape, dtype in key[2]:
+            path, _, tensor = name.rpartition(":")
+            kind = (devices[path], dtype)
+            if kind not in self.blocks:
+                self.blocks.append(kind)
+                self.order.append([])
+                sizes.append(0)
+            block = self.blocks.index(kind)
+            self.places.setdefault(path, {})[tensor] = Place(block, sizes[block], tuple(shape))
+            self.order[block].append(name)
+            sizes[block] += prod(shape)
+
+
+class Row:
+    """One adapter's tensors, in one flat tensor for each block of its layout."""
+
+    def __init__(self, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+        self.layout = layout
+        self.blocks = [
+            torch.cat([tensors[name].detach().to(device).reshape(-1) for name in names])
+            for (device, _), names in zip(layout.blocks, layout.order, strict=True)
+        ]
+        self._views: dict[str, dict[str, Tensor]] = {}
+
+    def at(self, path: str) -> dict[str, Tensor]:
+        """The tensors at one site, by name: views of the row."""
+        found = self._views.get(path)
+        if found is None:
+            places = self.layout.places[path]
+            found = {name: self._view(place) for name, place in places.items()}
+            self._views[path] = found
+        return found
+
+    def _view(self, place: Place) -> Tensor:
+        flat = self.blocks[place.block]
+        return flat.narrow(0, place.offset, prod(place.shape)).view(place.shape)
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Changes whenever a tensor was written to, or moved."""
+        return tuple(value for block in self.blocks for value in (id(block), block._version))
+
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """What `nn.Module.to` and its like do to parameters."""
+        with torch.no_grad():
+            self.blocks = [change(block).detach() for block in self.blocks]
+        self._views = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": {}}  # a copy makes its own
+
+
+def key_of(method: Method, sites: tuple[Site, ...], tensors: Mapping[str, Tensor]) -> Key:
+    """What makes two adapters of one layout."""
+    return method, sites, tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(tensors.items()))
+
+
+class Bank(nn.Module):
+    """A child of the root, through which rows follow the model to other devices and dtypes."""
+
+    is_adapter_container = True
+
+    def __init__(self, rows: Callable[[], Iterable[Row]]) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for row in self.rows():
+            row.apply(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

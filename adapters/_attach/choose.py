@@ -1,0 +1,123 @@
+"""Resolves selections: names into adapters, compositions into nodes; what has no mathematics is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adapters._attach.acting import Chain, Fused, Mean, Node, Spans
+from adapters._attach.batches import Repeated
+from adapters._attach.per_row import PerRow, adapters_in
+from adapters._attach.rules import check_average, check_rows, check_split, check_stack
+from adapters._attach.state import NOBODY, Acting, Adapter, Chosen, State
+from adapters._contract import FusionMethod
+from adapters._errors import AdapterError
+from adapters._selection import Average, Parallel, Part, Selection, Split, Stack
+
+REMEMBERED = 256  # selections
+
+
+@dataclass(frozen=True)
+class SelectionReport:
+    """What acts from now on. `runs` counts the forwards that a batch takes, which `why` explains where it is not 1."""
+
+    selection: Selection
+    adapters: tuple[str, ...]
+    runs: int = 1
+    why: str = ""
+
+    def __str__(self) -> str:
+        acting = ", ".join(map(repr, self.adapters)) or "the base alone"
+        lines = [f"{self.selection!r}: {acting}, in one forward" if self.runs == 1 else f"{self.selection!r}: {acting}"]
+        if self.runs != 1:
+            lines.append(f"  a batch takes {self.runs} forwards, one for each distinct selection: {self.why}")
+        return "\n".join(lines)
+
+
+def resolve(state: State, selection: Selection) -> Acting:
+    """What a selection means for the adapters that are attached.
+
+    Raises:
+        AdapterError: a name is not attached, or the parts cannot act in this way.
+    """
+    if selection is None:
+        return NOBODY
+    cache = state.resolved  # replaced together with the adapters
+    value: Any = tuple(selection) if isinstance(selection, list) else selection
+    try:
+        found = cache.get(value)
+    except TypeError as error:
+        raise AdapterError(f"{selection!r} is no selection of adapters: {error}.") from error
+    if found is None:
+        found = _resolved(state.adapters, state.named, value)
+        if len(cache) >= REMEMBERED:
+            cache.clear()
+        cache[value] = found
+    return found
+
+
+def report_of(acting: Acting) -> SelectionReport:
+    """What `activate` and `using` tell."""
+    value = list(acting.value) if isinstance(acting.value, tuple) else acting.value
+    runs = len(set(acting.node.parts)) if acting.separately else 1
+    return SelectionReport(value, tuple(adapter.name for adapter in acting), runs, acting.separately)
+
+
+def _resolved(adapters: Mapping[str, Adapter], named: Mapping[str, Part], value: Chosen) -> Acting:
+    nodes: dict[Part, Node] = {}
+
+    def node(part: Part) -> Node:
+        if part not in nodes:
+            nodes[part] = _node(part, adapters, named, node)
+        return nodes[part]
+
+    if isinstance(value, tuple | Parallel):
+        parts = tuple(map(node, value if isinstance(value, tuple) else value.parts))
+        if not parts:
+            raise AdapterError("an empty list selects nothing: a selection by row has one entry for each row.")
+        every = tuple({id(each): each for part in set(parts) for each in adapters_in(part)}.values())
+        separately = check_rows(every, any(part is None for part in parts))
+        whole: Any = PerRow(parts) if isinstance(value, tuple) else Repeated(parts)
+        if len(set(parts)) == 1 and isinstance(value, tuple) and not separately:
+            separately = ""
+        return Acting.of(every, value, whole, separately)
+    made = node(value)
+    every = adapters_in(made)
+    plain = isinstance(made, Adapter) or made is None or (isinstance(made, Chain) and set(made.parts) <= set(every))
+    return Acting.of(dict.fromkeys(every), value, None if plain and len(set(every)) == len(every) else made)
+
+
+def _node(part: Part, adapters: Mapping[str, Adapter], named: Mapping[str, Part], node: Callable[[Part], Node]) -> Node:
+    if part is None:
+        return None
+    if isinstance(part, str):
+        if part in named:
+            return node(named[part])
+        if part not in adapters:
+            there = ", ".join([*adapters, *named]) or "none"
+            raise AdapterError(f"no adapter {part!r} is attached; attached: {there}.")
+        adapter = adapters[part]
+        method = adapter.method
+        return Fused(adapter, tuple(map(node, method.parts))) if isinstance(method, FusionMethod) else adapter
+    if not isinstance(part, Stack | Average | Split):
+        raise AdapterError(
+            f"{part!r} is no selection of adapters: a name, None, Stack, Average, Split, or a list by row."
+        )
+    parts = tuple(map(node, part.parts))
+    if isinstance(part, Stack):
+        some = tuple(each for each in parts if each is not None)
+        check_stack(some)
+        return some[0] if len(some) == 1 else Chain(some) if some else None
+    if isinstance(part, Split):
+        check_split(parts)
+        every = tuple(each for one in parts for each in adapters_in(one))
+        return Spans(parts, (0, *part.at), every)
+    weighted = [(one, weight) for one, weight in zip(parts, part.weights, strict=True) if one is not None and weight]
+    if not weighted:
+        return None
+    if len(weighted) == 1 and weighted[0][1] == 1.0:
+        return weighted[0][0]
+    mean = Mean(tuple(one for one, _ in weighted), tuple(weight for _, weight in weighted))
+    check_average(mean)
+    return mean

@@ -1,0 +1,201 @@
+"""A batch whose rows use different adapters: rows that use the same one are computed together.
+
+Rows are grouped by what acts on them. Where several adapters of one layout act, their tensors are stacked, once a
+selection, and one batched product serves all of them (`Bucket`); every other group is computed by itself. A group's
+rows are gathered, changed and put back in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters._attach.acting import Here, Node, act
+from adapters._attach.batched import Many, add_many, many_of
+from adapters._attach.state import Adapter
+from adapters._contract import Factors
+
+SEPARATELY = 2  # up to so many adapters of one layout, products by adapter are as fast as a batched one
+
+
+class Group:
+    """Rows, by number, on which one node acts."""
+
+    def __init__(self, node: Node, rows: list[int]) -> None:
+        self.node, self.rows = node, rows
+        self.index = Index(rows)
+
+    def act(self, here: Here, y: Tensor, whole: bool) -> Tensor:
+        """The changed output of these rows, from that of all rows; `whole`: they are all, in their order."""
+        if self.node is None:
+            return y if whole else self.index.pick(y)
+        if whole:
+            return act(self.node, here, y)
+        return act(self.node, here.picking(self.index.pick), self.index.pick(y))
+
+    def refresh(self) -> None:
+        """Called before a forward."""
+
+    def forget(self) -> None:
+        """Lets go of copies."""
+
+
+class Index:
+    """Numbers of rows, on whatever device they are asked for."""
+
+    def __init__(self, rows: list[int]) -> None:
+        self.rows = torch.tensor(rows)
+
+    def pick(self, x: Tensor) -> Tensor:
+        if x.device != self.rows.device:
+            self.rows = self.rows.to(x.device)
+        return x.index_select(0, self.rows)
+
+
+class Bucket(Group):
+    """Adapters of one layout, each on `count` rows, where one that has fewer repeats its first and drops the result."""
+
+    def __init__(self, rows_of: Mapping[Adapter, list[int]]) -> None:
+        self.adapters = tuple(rows_of)
+        self.count = max(map(len, rows_of.values()))
+        padded = [[*rows, *rows[:1] * (self.count - len(rows))] for rows in rows_of.values()]
+        super().__init__(self.adapters[0], [row for rows in rows_of.values() for row in rows])
+        self.padded = Index([row for rows in padded for row in rows])
+        kept = [i * self.count + k for i, rows in enumerate(rows_of.values()) for k in range(len(rows))]
+        self.kept = None if len(kept) == len(self.adapters) * self.count else Index(kept)
+        self.in_order = self.padded.rows.tolist() == list(range(len(kept)))
+        self.stacked: dict[tuple[nn.Module, torch.dtype], Many | Mapping[str, Tensor] | None] = {}
+        self.versions: tuple[Any, ...] = ()
+
+    def refresh(self) -> None:
+        versions = tuple(adapter.row.version for adapter in self.adapters if adapter.row is not None)
+        if versions != self.versions:
+            self.stacked, self.versions = {}, versions
+
+    def forget(self) -> None:
+        self.stacked = {}
+
+    def act(self, here: Here, y: Tensor, whole: bool) -> Tensor:
+        entry = here.entry(self.adapters[0])
+        if entry is None:
+            return y if whole else self.index.pick(y)
+        if not (whole and self.in_order):
+            here, y = here.picking(self.padded.pick), self.padded.pick(y)
+        x = here.x(entry)
+        p = self._stacked(entry, y.dtype)
+        if p is None:
+            made = self._by_adapter(here, y)
+        else:
+            flat: Any = y.reshape(len(self.adapters), -1, y.shape[-1])
+            seen: Any = None if x is None else x.reshape(len(self.adapters), -1, x.shape[-1])
+            made = (add_many(flat, seen, p) if isinstance(p, Many) else entry(seen, flat, p, owned=False)).view(y.shape)
+        return made if self.kept is None else self.kept.pick(made)
+
+    def _stacked(self, entry: Any, dtype: torch.dtype) -> Many | Mapping[str, Tensor] | None:
+        """The tensors of all adapters at a place, with a leading dimension; None where its formula has no such form."""
+        key = (entry, dtype)
+        if key not in self.stacked:
+            self.stacked[key] = self._stack(entry, dtype) if entry.stackable else None
+        return self.stacked[key]
+
+    @torch.no_grad()
+    def _stack(self, entry: Any, dtype: torch.dtype) -> Many | Mapping[str, Tensor] | None:
+        each = [adapter.at(entry) for adapter in self.adapters]
+        low: list[Factors | None] = [entry.factors(p) for p in each]
+        if all(one is not None for one in low):
+            return many_of([one for one in low if one is not None], dtype)
+        if low[0] is not None or entry.needs_factors:
+            return None
+        return {name: torch.stack([p[name] for p in each]).to(dtype) for name in each[0]}
+
+    def _by_adapter(self, here: Here, y: Tensor) -> Tensor:
+        pieces = []
+        for number, adapter in enumerate(self.adapters):
+            low, high = number * self.count, (number + 1) * self.count
+            part = here.picking(lambda x, low=low, high=high: x[low:high])  # type: ignore[misc]
+            pieces.append(act(adapter, part, y[low:high]))
+        return torch.cat(pieces)
+
+
+class PerRow:
+    """One node a row: `act` runs the groups and puts their rows back in order."""
+
+    def __init__(self, parts: tuple[Node, ...]) -> None:
+        self.parts = parts
+        self.adapters = tuple({id(each): each for part in set(parts) for each in adapters_in(part)}.values())
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        rows_of: dict[Node, list[int]] = {}
+        for row, part in enumerate(self.parts):
+            rows_of.setdefault(part, []).append(row)
+        return _grouped(rows_of)
+
+    @cached_property
+    def back(self) -> Index | None:
+        """Where each row is among those of the groups; None where they are in order."""
+        order = [row for group in self.groups for row in group.rows]
+        return None if order == sorted(order) else Index(sorted(range(len(order)), key=order.__getitem__))
+
+    def act(self, here: Here, y: Tensor) -> Tensor:
+        entry = here.first(self.adapters)
+        return y if entry is None else here.by_row(y, entry.rows, self._act, entry.path)
+
+    def _act(self, here: Here, y: Tensor) -> Tensor:
+        if len(self.groups) == 1:
+            made = self.groups[0].act(here, y, whole=True)
+            return made if self.back is None or not isinstance(self.groups[0], Bucket) else self.back.pick(made)
+        made = torch.cat([group.act(here, y, whole=False) for group in self.groups])
+        return made if self.back is None else self.back.pick(made)
+
+    def refresh(self) -> None:
+        """Called before a forward: what was stacked from tensors that have changed since is forgotten."""
+        for group in self.groups:
+            group.refresh()
+
+    def forget(self) -> None:
+        """Lets go of what was stacked."""
+        for group in self.groups:
+            group.forget()
+
+    def repeated(self, times: int) -> PerRow:
+        """The same with each row repeated so often, as beams are."""
+        if times not in self._repeated:
+            self._repeated[times] = PerRow(tuple(part for part in self.parts for _ in range(times)))
+        return self._repeated[times]
+
+    @cached_property
+    def _repeated(self) -> dict[int, PerRow]:
+        return {}
+
+
+def adapters_in(node: Node) -> tuple[Adapter, ...]:
+    """Every adapter under a node."""
+    if node is None:
+        return ()
+    if isinstance(node, Adapter):
+        return (node,)
+    below = tuple(each for part in getattr(node, "parts", ()) for each in adapters_in(part))
+    own: Adapter | None = getattr(node, "adapter", None)
+    return below if own is None else (own, *below)
+
+
+def _grouped(rows_of: Mapping[Node, list[int]]) -> tuple[Group, ...]:
+    layouts: dict[str, dict[Adapter, list[int]]] = {}
+    for node, rows in rows_of.items():
+        if isinstance(node, Adapter) and node.row is not None:
+            layouts.setdefault(node.slot, {})[node] = rows
+    buckets = []
+    for members in layouts.values():
+        # padding must not double the work: who has many rows is computed by itself
+        while members and len(members) * max(map(len, members.values())) > 2 * sum(map(len, members.values())):
+            del members[max(members, key=lambda adapter: len(members[adapter]))]
+        if len(members) > SEPARATELY:
+            buckets.append(Bucket(members))
+    taken = {adapter for bucket in buckets for adapter in bucket.adapters}
+    alone = [Group(node, rows) for node, rows in rows_of.items() if node not in taken]
+    return (*buckets, *alone)

@@ -1,0 +1,77 @@
+"""Prepares an adapter's modules and tensors, and lets go of them: with parameters of its own, or with a row of memory.
+
+Adapters of one kind whose tensors are in rows share their modules: the first makes them, and the last takes them along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from adapters._attach.bank import Bank, Layout, Row, key_of
+from adapters._attach.container import CHILD, Container, Entry
+from adapters._attach.entries import Made, device_of, drop_slot, make_entries
+from adapters._attach.state import Adapter, State
+from adapters._attach.traits import traits_of
+
+BANK = "bank"  # the name of the bank among the root's entries
+
+
+def prepared(
+    model: nn.Module, state: State, adapter: Adapter, tensors: Mapping[str, Tensor], banked: bool
+) -> tuple[Adapter, list[Made]]:
+    """The adapter with its slot and its row, if it has one, and what is to be placed; the model does not change."""
+    if not banked or adapter.trainable or adapter.head or adapter.tokens is not None:
+        adapter = dataclasses.replace(adapter, slot=state.new_slot(), row=None)
+        made = make_entries(model, adapter, tensors)
+        return dataclasses.replace(adapter, traits=_traits(adapter, made)), made
+    key = key_of(adapter.method, adapter.sites, tensors)
+    layout = state.layouts.get(key)
+    if layout is not None:
+        return dataclasses.replace(adapter, slot=layout.slot, row=Row(layout, tensors), traits=layout.traits), []
+    adapter = dataclasses.replace(adapter, slot=state.new_slot())
+    made = make_entries(model, adapter, tensors)
+    layout = Layout(adapter.slot, key, {site.path: device_of(model, site) for site in adapter.sites})
+    layout.traits = _traits(adapter, made)
+    row = Row(layout, tensors)
+    for change in made:
+        if isinstance(change.entry, Entry):
+            change.entry._parameters.clear()
+    # a swap may replace the last adapter of a kind while someone still runs it
+    weakref.finalize(layout, _drop_slot, weakref.ref(model), layout.slot).atexit = False
+    state.layouts[key] = layout
+    made.append(Made("", BANK, _bank(model, state), ""))
+    return dataclasses.replace(adapter, row=row, traits=layout.traits), made
+
+
+def release(model: nn.Module, state: State, adapter: Adapter, others: Iterable[Adapter]) -> None:
+    """Takes an adapter's modules out, unless others share them."""
+    if adapter.row is None:
+        drop_slot(model, adapter.slot)
+        return
+    rows = [other.row for other in others if other.row is not None and other is not adapter]
+    if not any(row.layout is adapter.row.layout for row in rows):
+        state.layouts.pop(adapter.row.layout.key, None)
+        drop_slot(model, adapter.slot)
+    if not rows:
+        drop_slot(model, BANK)
+
+
+def _bank(model: nn.Module, state: State) -> Bank:
+    held = model._modules.get(CHILD)
+    found = held._modules.get(BANK) if isinstance(held, Container) else None
+    return found if isinstance(found, Bank) else Bank(state.rows)
+
+
+def _traits(adapter: Adapter, made: Iterable[Made]) -> object:
+    entries = [change.entry for change in made if change.entry is not None]
+    return traits_of(adapter.method, adapter.sites, entries, bool(adapter.head), adapter.tokens is not None)
+
+
+def _drop_slot(model: weakref.ref[nn.Module], slot: str) -> None:
+    alive = model()
+    if alive is not None:
+        drop_slot(alive, slot)
