@@ -9,7 +9,7 @@ change nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, Union
 
@@ -127,12 +127,14 @@ def names_in(selection: Selection) -> Iterator[str]:
             yield from names_in(part)
 
 
-def renamed(selection: Part, names: dict[str, str]) -> Part:
-    """The same selection with other names; those that `names` does not hold stay."""
+def expanded(selection: Part, named: Mapping[str, Part]) -> Part:
+    """The same selection with what names mean in the place of those names."""
+    if isinstance(selection, str) and selection in named:
+        return expanded(named[selection], named)
     if selection is None or isinstance(selection, str):
-        return names.get(selection, selection) if selection is not None else None
+        return selection
     more = {key: value for key, value in vars(selection).items() if key != "parts"}
-    made: Part = type(selection)(*(renamed(part, names) for part in selection.parts), **more)
+    made: Part = type(selection)(*(expanded(part, named) for part in selection.parts), **more)
     return made
 
 

@@ -16,8 +16,7 @@ from adapters._attach.factored import Factored
 from adapters._attach.per_row import PerRow
 from adapters._attach.revised import NewRows, Stored, rows_key
 from adapters._attach.state import SHAPE, Acting, Adapter, State, drop_tap, notes
-from adapters._attach.streamed import Stream
-from adapters._contract import StreamSite
+from adapters._attach.streamed import Fusion, Stream
 from adapters._errors import AdapterError
 from adapters._fourbit import Packed, as_dense
 
@@ -33,18 +32,21 @@ def changed(
     ]
     if not entries:
         return output
-    first = entries[0][1]
-    key = first.site.output if isinstance(first, Stream) and isinstance(first.site, StreamSite) else None
+    streams = [pair for pair in entries if isinstance(pair[1], Stream | Fusion)]
+    key = streams[0][1].site.output if streams else None
     y = output if key is None else output[key]
-    if acting.node is None:
+    weights = entries if not streams else [pair for pair in entries if pair not in streams]
+    shape = _shape(state, acting.node)
+    for some in (weights, streams):  # what a branch returns is made by its weights, whatever the order of adapters
+        if acting.node is not None and some:
+            y = acting.node.act(Here({a.slot: entry for a, entry in some}, args, kwargs, shape), y)
+            continue
         before: Before = ()
-        for adapter, entry in entries:
+        for adapter, entry in some:
             p = adapter.at(entry)
             y = entry(entry.source(args, kwargs), y, p, before=before)
             before = (*before, (entry, p))
-    else:
-        y = acting.node.act(Here(held, args, kwargs, _shape(state, acting.node)), y)
-    for _, entry in entries:
+    for _, entry in streams:
         if isinstance(entry, Stream) and entry.tap is not None:
             drop_tap(entry.tap)
     return put(output, key, y)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adapters import _registry
 from adapters._attach.choose import SelectionReport, report_of, resolve
 from adapters._attach.entries import check_free
+from adapters._attach.fusing import freeze_parts, where_its_parts_act
 from adapters._attach.heads import bare_copy, chosen_heads
 from adapters._attach.install import base_parameters, check_attachable, install, remove
 from adapters._attach.labels import labels_of, show_labels
@@ -97,7 +98,7 @@ def attach(
     model = unwrapped(model)
     check_attachable(model, name)
     found = _map(model, sites, example)
-    chosen = select(found, chosen_method, targets)
+    chosen = select(found, chosen_method, where_its_parts_act(model, chosen_method, targets))
     heads, rows = chosen_heads(model, head), chosen_tokens(model, tokens, tokenizer)
     check_free(model, [*(_owner(site) for site in chosen), *heads, *_tables(model, rows, heads)])
     notes = list(chosen_method.review(chosen))
@@ -113,6 +114,7 @@ def attach(
     tensors.update(first_rows(model, rows) if rows is not None else {})
     kept: dict[str, Any] = {"facts": facts, "labels": labels_of(model), "map": found, "tokens": rows}
     install(model, name, chosen_method, chosen, tensors, head=heads, trainable=True, **kept)
+    notes += freeze_parts(model, chosen_method)
     roles, share, left = describe(found, chosen, chosen_method)
     size, base = sum(t.numel() for t in tensors.values()), sum(map(elements, base_parameters(model).values()))
     return AttachReport(name, in_short(chosen_method), roles, size, base, share, heads, left, tuple(notes), rows)

@@ -2,13 +2,14 @@
 
 from adapters._attach import swap as _classes
 from adapters._store.bundle import Bundle
+from adapters._store.composed import load, save
 from adapters._store.fingerprints import check, fingerprint
 from adapters._store.inspecting import inspect
-from adapters._store.loading import load, swap
+from adapters._store.loading import swap
 from adapters._store.reading import read
 from adapters._store.reports import AdapterInfo, LoadReport, SaveReport
 from adapters._store.restoring import restore, restore_attached
-from adapters._store.saving import save, save_attached
+from adapters._store.saving import save_attached
 
 _classes.save_attached = save_attached  # `save_pretrained` of an adapted model comes back here
 

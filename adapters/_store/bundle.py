@@ -17,7 +17,8 @@ from adapters._registry import get
 from adapters._sites import SiteMap
 
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "adapter.json", "README.md"
-OWNED = (WEIGHTS, CONFIG, RECORD, CARD)
+PARTS = "adapter_parts.json"  # of a composition: what it is made of, in folders below
+OWNED = (WEIGHTS, CONFIG, RECORD, CARD, PARTS)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -48,6 +48,21 @@ def card(bundle: Bundle, parameters: int, base_name: str | None, peft: str) -> b
     return ("\n".join(lines).rstrip() + "\n").encode()
 
 
+def composition_card(name: str, selection: str) -> bytes:
+    """The text of the card of a composition."""
+    lines = [
+        *["---", "library_name: adapters", "tags:", "- adapter", "---", MARK, f"# {_plain(name)}", ""],
+        f"A composition of adapters, {_plain(selection)}, with its parts in the folders below.",
+        "",
+        "```python",
+        "import adapters",
+        "",
+        'adapters.load(model, "<this folder>")',
+        "```",
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
 def _fields(bundle: Bundle) -> dict[str, Any]:
     fields: dict[str, Any] = method_record(bundle.method)["fields"]
     return fields

@@ -64,7 +64,7 @@ def resolve(folder: str | os.PathLike[str]) -> str:
     try:
         from huggingface_hub import snapshot_download
 
-        return str(snapshot_download(place, allow_patterns=list(OWNED)))
+        return str(snapshot_download(place, allow_patterns=[*OWNED, "part-*/*"]))
     except Exception as error:  # the Hub's client has a dozen kinds, from a missing repository to no network
         raise AdapterError(
             f"there is no folder {place} here, and the Hub gave none: {type(error).__name__}."

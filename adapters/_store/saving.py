@@ -50,6 +50,21 @@ def save(
     Raises:
         AdapterError: no such adapter, a tensor that is not finite, or a folder that cannot be written.
     """
+    files, saved = prepared(model, name, folder, dtype, facts)
+    owned = set(OWNED) - (set() if CARD in files else {CARD})
+    if not any(map(is_sharded, tensors_of(model, name).values())) or is_first_process():
+        commit.write(folder, files, owned)
+    return saved
+
+
+def prepared(
+    model: nn.Module,
+    name: str,
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, bytes], SaveReport]:
+    """The files of an adapter's folder, and what will be said of them; nothing is written."""
     adapter = _find(model, name)
     held = tensors_of(model, name)
     require_gatherable(held)
@@ -64,16 +79,12 @@ def save(
     files = _files(bundle, expressed)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     peft = "written" if isinstance(expressed, PeftFiles) else expressed
-    owned = set(OWNED)
-    if ours(_existing_card(folder)):
+    if ours(existing_card(folder)):
         files[CARD] = card(bundle, parameters, base_name, peft)
     else:
-        owned.remove(CARD)
         notes.append(f"{CARD} was written by someone else and stays as it is.")
-    if not any(map(is_sharded, held.values())) or is_first_process():
-        commit.write(folder, files, owned)
     sizes = {key: len(content) for key, content in files.items()}
-    return SaveReport(os.fspath(folder), name, sizes, len(tensors), parameters, peft, tuple(notes))
+    return files, SaveReport(os.fspath(folder), name, sizes, len(tensors), parameters, peft, tuple(notes))
 
 
 def _in_pefts_words(model: nn.Module, adapter: Adapter, names: list[str], base: str | None) -> PeftFiles | str:
@@ -149,7 +160,7 @@ def _files(bundle: Bundle, expressed: PeftFiles | str) -> dict[str, bytes]:
     return {WEIGHTS: weights, CONFIG: config, RECORD: encode(bundle, keys, config, weights)}
 
 
-def _existing_card(folder: str | os.PathLike[str]) -> bytes | None:
+def existing_card(folder: str | os.PathLike[str]) -> bytes | None:
     if not os.path.isdir(folder):
         return None
     with commit.reading(folder) as view:
