@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks import adapterhub as hub
 from benchmarks import attaching, importing, inference, many, merging, mixed, storing, trainers, training
 from benchmarks.measure import Row, measure_row
 from benchmarks.result import COLUMNS, LIMIT, Line, facts, markdown
@@ -52,6 +53,7 @@ def main(
     rows: Annotated[str, typer.Option(help="Only rows whose name contains this text or matches this glob.")] = "*",
     pairs: Annotated[int, typer.Option(min=1, help="Interleaved pairs a row; the median of their ratios counts.")] = 7,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    adapterhub: Annotated[bool, typer.Option(help="Also rows beside AdapterHub, in its own environment.")] = False,
     gate: Annotated[bool, typer.Option(help="End with 1 when a row of the same work is over the limit.")] = True,
 ) -> None:
     """Measures the library beside PEFT and prints one table; a run of every row also writes RESULTS.md.
@@ -60,9 +62,10 @@ def main(
     """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # PEFT warns of what these rows do on purpose
-    chosen = [row for row in ROWS if fnmatchcase(row.name, rows) or rows in row.name]
+    known = [*ROWS, *hub.ROWS] if adapterhub else ROWS
+    chosen = [row for row in known if fnmatchcase(row.name, rows) or rows in row.name]
     if not chosen:
-        raise typer.BadParameter(f"no row matches {rows!r}; rows: {'; '.join(row.name for row in ROWS)}")
+        raise typer.BadParameter(f"no row matches {rows!r}; rows: {'; '.join(row.name for row in known)}")
     start = time.perf_counter()
     lines = run(chosen, Setting(), pairs)
     about = facts(time.perf_counter() - start, pairs)
@@ -70,7 +73,7 @@ def main(
         typer.echo(json.dumps({"about": about, "rows": [line.record() for line in lines]}, indent=1))
     else:
         _print(lines)
-    if len(chosen) == len(ROWS):
+    if len(chosen) == len(known):
         RESULTS.write_text(markdown(lines, about, PREFACE))
     raise typer.Exit(int(gate and any(line.verdict.startswith("over") for line in lines)))
 

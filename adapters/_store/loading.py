@@ -47,7 +47,7 @@ def load(
     base = check_base(model, bundle, force)
     chosen = name if name is not None else bundle.name
     notes = notes_on(model, bundle)
-    tensors = _own(bundle.tensors) if trainable or bundle is source else bundle.tensors
+    tensors = _given(bundle, source, trainable)
     kept = {**_kept(bundle), "map": _map(model, bundle) if force is None else None}  # another base has other sites
     install(
         model, chosen, bundle.method, bundle.sites, tensors, trainable=trainable, activate=activate, banked=True, **kept
@@ -79,7 +79,7 @@ def swap(
     bundle = opened(source, model, check)
     base = check_base(model, bundle, force, check)
     notes = notes_on(model, bundle)
-    tensors = _own(bundle.tensors) if attached[name].trainable or bundle is source else bundle.tensors
+    tensors = _given(bundle, source, attached[name].trainable)
     replace(model, name, bundle.method, bundle.sites, tensors, banked=True, **_kept(bundle))
     return report(bundle, name, base, notes)
 
@@ -102,9 +102,15 @@ def read_folder(model: nn.Module, folder: str | os.PathLike[str]) -> tuple[str, 
     return bundle.folder, bundle, list(bundle.notes)
 
 
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies: what trains, or stays with the caller, must not share memory with anything."""
-    return {key: tensor.clone() for key, tensor in tensors.items()}
+def _given(bundle: Bundle, source: Source, trainable: bool) -> Mapping[str, Tensor]:
+    """The tensors for the model, as copies where what it makes of them would share memory with something else.
+
+    What is frozen and has neither head nor tokens is copied into a row of memory, and everything else kept as it is.
+    """
+    shared = bundle is source and (bundle.head or bundle.tokens is not None)
+    if trainable or shared:
+        return {key: tensor.clone() for key, tensor in bundle.tensors.items()}
+    return bundle.tensors
 
 
 def _kept(bundle: Bundle) -> dict[str, Any]:
