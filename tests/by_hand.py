@@ -27,19 +27,23 @@ class Part:
     method: Method
     sites: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
+    head: dict[str, Tensor]
 
 
-def parts_of(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Part]:
+def parts_of(model: nn.Module) -> dict[str, Part]:
     """The attached adapters of a model, copied."""
     found = {}
     for name, adapter in adapters.adapters_of(model).items():
         sites = {site.path: site for site in adapter.sites}
         tensors: dict[str, dict[str, Tensor]] = {path: {} for path in sites}
+        head = {}
         for key, tensor in tensors_of(model, name).items():
             path, _, own = key.rpartition(":")
-            if path in tensors:
-                tensors[path][own] = tensor.detach().clone().to(dtype or tensor.dtype)
-        found[name] = Part(adapter.method, sites, tensors)
+            if own.startswith("head."):
+                head[f"{path}.{own.removeprefix('head.')}"] = tensor.detach().clone()
+            else:
+                tensors[path][own] = tensor.detach().clone()
+        found[name] = Part(adapter.method, sites, tensors, head)
     return found
 
 
@@ -59,6 +63,8 @@ def applied(plain: nn.Module, selection: Selection, parts: Mapping[str, Part]) -
     """The plain base made into what `selection` means, for as long as this lasts."""
     used = [parts[name] for name in names(selection)]
     with ExitStack() as undo:
+        for path, head in {path: t for part in used for path, t in part.head.items()}.items():
+            undo.enter_context(_written(plain, path, head))  # of several heads, the last part's
         for path in _paths(used, WeightMethod):
             undo.enter_context(_weight(plain, path, selection, parts))
         for path in _paths(used, StreamMethod):
@@ -178,18 +184,24 @@ def _weight(plain: nn.Module, path: str, selection: Selection, parts: Mapping[st
     if b is not None:
         rest = sum((other.detach() for other in handle.biases()[1:]), start=torch.zeros_like(b))
         new[handle.added[0]] = changed[0][1] - rest
-    old = {name: owner._parameters[name].detach().clone() for name in new}
+    with ExitStack() as undo:
+        for name, tensor in new.items():
+            undo.enter_context(_written(plain, f"{site.owner}.{name}".removeprefix("."), tensor))
+        yield
+
+
+@contextmanager
+def _written(plain: nn.Module, path: str, new: Tensor) -> Iterator[None]:
+    """A parameter with other values."""
+    parameter = plain.get_parameter(path)
+    old = parameter.detach().clone()
     try:
-        _write(owner, new)
+        with torch.no_grad():
+            parameter.copy_(new)
         yield
     finally:
-        _write(owner, old)
-
-
-def _write(owner: nn.Module, new: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in new.items():
-            owner._parameters[name].copy_(tensor)
+        with torch.no_grad():
+            parameter.copy_(old)
 
 
 # -- streams: y -> y'

@@ -58,7 +58,7 @@ KINDS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
 }
 # methods that change a changed weight otherwise than by adding to it
-MAY_REFUSE = ("dora", "ia3", "parallel", "weights and streams")
+MAY_REFUSE = ("dora", "ia3", "loha", "parallel", "weights and streams")
 NOISE = {"ia3": 0.3}
 
 
@@ -116,11 +116,6 @@ def accepted(model: nn.Module, selection: Any) -> bool:
 
 def sentence(text: str) -> bool:
     return text.endswith(".") and "\n" not in text and len(text) < 400
-
-
-def some(agreed: list[bool]) -> None:
-    """What may be refused is not refused throughout."""
-    assert any(agreed)
 
 
 def stacks() -> list[Any]:
@@ -222,25 +217,26 @@ WITHOUT_PREFIX = [kind for kind in KINDS if kind not in ("prefix", "all")]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", ["llama", "bert"])
 def test_a_stack_is_one_after_the_other(base: str, kind: str) -> None:
-    some([agree(base, kind, selection) for selection in stacks()])
+    assert True in [agree(base, kind, selection) for selection in stacks()]
 
 
 @pytest.mark.parametrize("kind", [*WITHOUT_PREFIX, "prefix"])
 @pytest.mark.parametrize("base", ["llama", "bert"])
 def test_an_average_adds_the_weighted_changes(base: str, kind: str) -> None:
-    some([agree(base, kind, selection) for selection in averages()])
+    assert True in [agree(base, kind, selection) for selection in averages()]
 
 
 @pytest.mark.parametrize("kind", WITHOUT_PREFIX)
 @pytest.mark.parametrize("base", ["llama", "bert"])
 def test_an_average_need_not_be_one_of_weights_that_sum_to_one(base: str, kind: str) -> None:
-    some([agree(base, kind, selection) for selection in (*loose_averages(), *nests())])
+    assert True in [agree(base, kind, selection) for selection in (*loose_averages(), *nests())]
 
 
 @pytest.mark.parametrize("kind", WITHOUT_PREFIX)
 @pytest.mark.parametrize("base", ["llama", "bert"])
 def test_a_split_gives_each_range_of_tokens_its_own(base: str, kind: str) -> None:
-    some([agree(base, kind, selection) for selection in splits()])
+    agreed = [agree(base, kind, selection) for selection in splits()]
+    assert True in agreed or kind == "ia3"  # which scales inputs
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -294,7 +290,8 @@ def test_by_hand_on_a_single_layer() -> None:
     with torch.no_grad():
         model.layer.weight.fill_(1.0)
         for name, change in (("a", 2.0), ("b", 3.0)):
-            adapters.attach(model, "lora", name=name, targets="all", rank=1, alpha=1.0, example={"x": x})
+            example = {"x": torch.randn(3, 4, 1)}  # in which rows differ
+            adapters.attach(model, "lora", name=name, targets="all", rank=1, alpha=1.0, example=example)
             tensors = tensors_of(model, name)
             tensors["layer.weight:a"].fill_(1.0)
             tensors["layer.weight:b"].fill_(change)
@@ -365,6 +362,8 @@ def test_gradients_are_those_of_the_definition(kind: str) -> None:
     model, plain = attached("llama", kind), frozen(tiny.build("llama"))
     batch = tiny.inputs("llama")
     for selection in (stack("a", "b"), average("a", "b", weights=(0.3, 0.9)), split("a", "b", at=(3,))):
+        if kind == "ia3" and not accepted(model, selection):
+            continue
         parts = by_hand.parts_of(model)
         for part in parts.values():
             for held in part.tensors.values():
@@ -533,11 +532,11 @@ def test_a_selection_that_cannot_act_is_refused_and_changes_nothing() -> None:
         (["a", parallel("a", "b"), None], "Parallel"),
         (["a", ["b"], None], "list"),
         (3, "3"),
-        (average("c", "d"), "length"),
+        (average("c", "d"), "4, 6 tokens"),
         (average("c", "e", weights=(0.5, 0.2)), "sum"),
         (average("c", None), "prefix"),
         (average("a", "c"), "prefix"),
-        (stack("a", average("c", "d")), "length"),
+        (stack("a", average("c", "d")), "4, 6 tokens"),
         (split("c", "a", at=(2,)), "prefix"),
         (stack("b", split("a", "c", at=(2,))), "prefix"),
         (["a", split("c", None, at=(2,)), "b"], "prefix"),
@@ -556,8 +555,9 @@ def test_another_number_of_rows_is_refused() -> None:
     for rows in (["a"], ["a", "b"], ["a", None, "b", "c"], ["a"] * 6):
         with adapters.using(model, rows), pytest.raises(AdapterError, match=rf"{len(rows)}.* 3|3.* {len(rows)}"):
             model(**batch)
-        with adapters.using(model, rows), pytest.raises(AdapterError):
-            model.generate(**batch, max_new_tokens=2)
+        for options in ({}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 3}):
+            with adapters.using(model, rows), pytest.raises(AdapterError):
+                model.generate(**batch, max_new_tokens=2, **options)
     adapters.activate(model, ["a", "b"])
     with pytest.raises(AdapterError):
         model(**batch)
@@ -572,8 +572,8 @@ def test_a_split_is_refused_where_tokens_cannot_be_told_apart() -> None:
         adapters.using(experts, adapters.Split("a", "b", at=(2,)))
     pooled = tiny.build("bert_classifier")
     adapters.attach(pooled, "lora", name="a", targets=["*pooler.dense"], head=False)
-    with pytest.raises(AdapterError, match="Split"):
-        adapters.using(pooled, adapters.Split("a", None, at=(2,)))
+    with pytest.raises(AdapterError, match="Split"), adapters.using(pooled, adapters.Split("a", None, at=(2,))):
+        output(pooled, tiny.inputs("bert_classifier"))
 
 
 def test_a_split_holds_in_generation() -> None:
