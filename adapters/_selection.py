@@ -56,7 +56,10 @@ class Average:
 
     def __init__(self, *parts: Part, weights: tuple[float, ...] | list[float] | None = None) -> None:
         found = _checked(self, parts)
-        given = tuple(float(w) for w in weights) if weights is not None else (1 / len(found),) * len(found)
+        try:
+            given = tuple(float(w) for w in weights) if weights is not None else (1 / len(found),) * len(found)
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"the weights of an Average are {weights!r}; each must be a finite number.") from error
         if len(given) != len(found):
             raise AdapterError(f"{len(given)} weights were given for {len(found)} parts of an Average.")
         if not all(math.isfinite(weight) for weight in given):

@@ -189,7 +189,8 @@ class Spans:
         pieces, low = [], 0
         for part, high in zip(self.parts, ends, strict=True):
             if high > low:
-                pieces.append(act(part, here.picking(_tokens(low, high)), y[:, low:high]))
+                inside = replace(shape, tokens=high - low, before=shape.before + low)
+                pieces.append(act(part, replace(here.picking(_tokens(low, high)), shape=inside), y[:, low:high]))
             low = high
         return torch.cat(pieces, 1)
 

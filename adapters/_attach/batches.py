@@ -49,7 +49,7 @@ def bound(
     wanted, rows = len(node.parts), shape.rows if shape is not None else 0
     if rows != wanted:
         if not kept.get(GENERATING) or not rows or rows % wanted:
-            raise AdapterError(f"the batch has {rows} rows and the selection {wanted} entries: give one entry per row.")
+            raise AdapterError(_unlike(rows, wanted))
         node = node.repeated(rows // wanted)
         acting = Acting.of(acting, acting.value, node)
     if state.stacked is not node:  # what was stacked for another selection is as large as its adapters
@@ -60,10 +60,22 @@ def bound(
     return acting
 
 
-def of_generate(acting: Acting) -> Notes:
-    """The notes of a `generate` that starts."""
-    rows = len(acting.node.parts) if isinstance(acting.node, PerRow) else 0
-    return {GENERATING: True, SHAPE: Shape(rows) if rows else None}
+def of_generate(acting: Acting, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Notes:
+    """The notes of a `generate` that starts; inside, each row may become several.
+
+    Raises:
+        AdapterError: a selection by row has another length than the batch of prompts.
+    """
+    if not isinstance(acting.node, PerRow):
+        return {GENERATING: True}
+    shape, wanted = shape_of(GENERATE, args, kwargs), len(acting.node.parts)
+    if shape is not None and shape.rows != wanted:
+        raise AdapterError(_unlike(shape.rows, wanted))
+    return {GENERATING: True, SHAPE: Shape(wanted)}
+
+
+def _unlike(rows: int, entries: int) -> str:
+    return f"the batch has {rows} rows and the selection {entries} entries: give one entry per row."
 
 
 def padding(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
@@ -119,9 +131,7 @@ def _separately(
     """One call for each distinct selection, on its rows."""
     shape = _shape(names, args, kwargs)
     if shape.rows != len(node.parts):
-        raise AdapterError(
-            f"the batch has {shape.rows} rows and the selection {len(node.parts)} entries: give one entry per row."
-        )
+        raise AdapterError(_unlike(shape.rows, len(node.parts)))
     if dict(zip(names, args, strict=False)).get("past_key_values", kwargs.get("past_key_values")) is not None:
         raise AdapterError(f"this batch runs once per selection ({acting.separately}), and a cache cannot be divided.")
     if "use_cache" in names and put_together is joined:

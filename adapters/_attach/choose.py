@@ -106,7 +106,8 @@ def _node(part: Part, adapters: Mapping[str, Adapter], named: Mapping[str, Part]
         )
     parts = tuple(map(node, part.parts))
     if isinstance(part, Stack):
-        some = tuple(each for each in parts if each is not None)
+        flat = ((each,) if not isinstance(each, Chain) else each.parts for each in parts if each is not None)
+        some = tuple(each for group in flat for each in group)
         check_stack(some)
         return some[0] if len(some) == 1 else Chain(some) if some else None
     if isinstance(part, Split):

@@ -87,7 +87,7 @@ def check_attachable(model: nn.Module, name: str) -> None:
     """Refuses a name that is taken, and a model that is, or holds, a part of another attached model."""
     model = unwrapped(model)
     state = state_of(model)
-    if state is not None and name in state.adapters:
+    if state is not None and (name in state.adapters or name in state.named):
         raise AdapterError(f"an adapter {name!r} is attached already: detach or swap it, or choose another name.")
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise AdapterError("this model is sharded already: attach first, then shard, so that the adapter is as well.")

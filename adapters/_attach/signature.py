@@ -29,7 +29,7 @@ def shape_of(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str,
     if found is None:
         return None
     name, batch = found
-    sequence = name in ("input_ids", "inputs_embeds", "inputs", *DECODED) and batch.dim() > 1
+    sequence = batch.dim() == 3 or (batch.dim() == 2 and name in ("input_ids", "inputs", *DECODED))
     past: Any = given.get("past_key_values")
     before = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
     return Shape(batch.shape[0], batch.shape[1] if sequence else 0, before)

@@ -230,7 +230,7 @@ def _root_generate(inner: Callable[..., Any]) -> Callable[..., Any]:
         acting = selection(state)
         if acting.node is not None and (whole := by_selection(state, acting, GENERATE, padding(self, kwargs))):
             return whole(partial(generate, self), args, kwargs)
-        with holding(state, acting, of_generate(acting)):
+        with holding(state, acting, of_generate(acting, args, kwargs)):
             return inner(self, *args, **kwargs)
 
     generate.__doc__ = inner.__doc__

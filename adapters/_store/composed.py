@@ -100,7 +100,8 @@ def load(
         source: a folder, a Hub repository, or what `adapters.read` returned.
         name: what to call it here; None takes the recorded name. Parts keep their names; one that is attached already
             with the same tensors is used again.
-        trainable: whether it goes on training; otherwise it is frozen. Of a fusion, the fusion alone.
+        trainable: whether it goes on training; otherwise it is frozen. Of a fusion, the fusion alone trains; of any
+            other composition, its parts.
         activate: whether it acts at once.
         force: "wrong-base" loads it on another base than it was trained on; nothing else is skipped.
 
@@ -120,7 +121,8 @@ def load(
         for part, entry in record["parts"].items():
             bundle = _part(place, part, entry, model)
             if not _attached_alike(model, part, bundle):
-                reports.append(load_adapter(model, bundle, part, activate=False, force=force))
+                trains = trainable and record["selection"] is not None
+                reports.append(load_adapter(model, bundle, part, trains, activate=False, force=force))
                 added.append(part)
         chosen = name if name is not None else record["name"]
         selection = from_record(record["selection"])
@@ -128,8 +130,6 @@ def load(
             top = load_adapter(model, source, chosen, trainable, activate, force)
             added.append(chosen)
         else:
-            if trainable:
-                raise AdapterError(f"{chosen!r} is a composition, which has no tensors: load its parts to train them.")
             compose(model, chosen, selection)
             added.append(chosen)
             base = reports[0].base if reports else "its parts were attached already"
