@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import peft
 import pytest
 import tiny
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import output, relative, shake
@@ -269,6 +271,15 @@ def test_trained_biases_are_summed_with_their_scales() -> None:
     assert "bias of zeros" in str(adapters.combine(alone, "ab", {"a": 1.0, "b": 1.0}))
 
 
+def test_biases_go_through_the_same_function() -> None:
+    made = model("bert", a={**A, "bias": True}, b={**A, "alpha": 2.0, "bias": True})
+    adapters.combine(made, "t", {"a": 0.5, "b": -2.0}, "magnitude_prune", rank=64, density=1.0)
+    a, b = tensors_of(made, "a"), tensors_of(made, "b")
+    for key, tensor in tensors_of(made, "t").items():
+        if key.endswith(":bias"):
+            assert torch.allclose(tensor, 0.5 * 1.5 * a[key] - 2.0 * 0.5 * b[key], atol=1e-6)
+
+
 # PEFT's own sums
 
 
@@ -363,6 +374,8 @@ def test_dare_drops_and_rescales_each_element() -> None:
         dropped = found[path].abs() < 1e-5
         assert torch.allclose(found[path][~dropped], 2.0 * change[~dropped] / 0.5, atol=1e-4)
         kept += int((~dropped).sum())
+    first, second = (found[f"model.layers.{layer}.mlp.up_proj.weight"].abs() < 1e-5 for layer in (0, 1))
+    assert float((first == second).float().mean()) < 0.6, "each site has its own draw"
     assert kept / sum(change.numel() for change in exact.values()) == pytest.approx(0.5, abs=0.02)
 
 
@@ -405,9 +418,10 @@ def test_ia3_is_summed_exactly() -> None:
         adapters.combine(made, "no", weights)
 
 
-def test_bottlenecks_side_by_side_are_the_exact_sum() -> None:
+@pytest.mark.parametrize("scale", [2.0, 0.5])
+def test_bottlenecks_side_by_side_are_the_exact_sum(scale: float) -> None:
     options = {"method": "bottleneck", "placement": "houlsby", "reduction_factor": 8, "scale": 2.0}
-    made = model(a=options, b={**options, "reduction_factor": 16, "scale": 0.5, "targets": ["stream.mlp"]})
+    made = model(a=options, b={**options, "reduction_factor": 16, "scale": scale, "targets": ["stream.mlp"]})
     adapters.combine(made, "ab", {"a": 0.3, "b": -2.0})
     adapter = adapters.adapters_of(made)["ab"]
     parts = {name: by_site(tensors_of(made, name)) for name in ("a", "b", "ab")}
@@ -508,6 +522,16 @@ def test_a_round_trip_through_a_higher_rank_changes_nothing() -> None:
     assert apart(changes(made, "a"), truth) < CLOSE
 
 
+def test_a_rank_that_stays_keeps_the_tensors_and_heads_stay_too() -> None:
+    made = model("bert_classifier", a=A)
+    before = {key: tensor.clone() for key, tensor in tensors_of(made, "a").items()}
+    adapters.resize(made, "a", 4)
+    assert {k: t.tolist() for k, t in tensors_of(made, "a").items()} == {k: t.tolist() for k, t in before.items()}
+    adapters.resize(made, "a", 2)
+    assert torch.equal(tensors_of(made, "a")["classifier:head.weight"], before["classifier:head.weight"])
+    assert adapters.adapters_of(made)["a"].head == ("classifier",)
+
+
 # extraction
 
 
@@ -591,6 +615,42 @@ def test_biases_come_along_where_every_layer_has_one() -> None:
     assert relative(output(made, inputs), output(tuned, inputs)) < 1e-4
 
 
+def test_a_bias_is_left_out_where_some_layers_have_none() -> None:
+    made = tiny.build("odd")
+    tuned = tuned_copy(made, biases=0.3)
+    report = adapters.extract(made, tuned, rank=3)
+    assert not adapters.adapters_of(made)["extracted"].method.bias
+    assert any(left.path.endswith("bias") for left in report.left)
+
+
+def test_only_what_moved_is_adapted() -> None:
+    made = tiny.build("llama")
+    tuned = copy.deepcopy(made)
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    report = adapters.extract(made, tuned, rank=4)
+    assert [(site.path, site.rank) for site in report.sites] == [("model.layers.1.mlp.up_proj.weight", 4)]
+    assert report.error < 1e-4
+
+
+def test_convolutions_are_extracted_too() -> None:
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 1], "num_labels": 5}
+    made = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes)).eval()
+    tuned, known = copy.deepcopy(made), adapters.sites(made)
+    with torch.no_grad():
+        for site in known.weights:
+            tuned.get_parameter(site.path).mul_(1.1)
+    for source in (tuned, tuned.state_dict()):
+        report = adapters.extract(made, source, rank=64, targets=lambda site: bool(site.folded), sites=known)
+        assert len(report.sites) > 3
+        assert report.error < 1e-5
+        for site in adapters.adapters_of(made)["extracted"].sites:
+            change = changes(made, "extracted")[site.path]
+            assert relative(change, 0.1 * base_weight(made, site).dense().double()) < 1e-5
+        adapters.detach(made)
+
+
 def test_extraction_onto_a_base_in_4_bits() -> None:
     made, tuned = tiny.build("llama"), tuned_copy(tiny.build("llama"))
     adapters.quantize(made, "nf4", compute_dtype=torch.float32)
@@ -658,9 +718,41 @@ def test_refusals_leave_the_model_as_it_was(change: Any, sentence: str) -> None:
     assert all(after[name][key] is tensor for name, held in before.items() for key, tensor in held.items())
 
 
+def test_a_composition_is_no_operand() -> None:
+    made = model(a=A, b=B)
+    adapters.compose(made, "both", adapters.Stack("a", "b"))
+    with pytest.raises(AdapterError, match=r"'both' is a composition, Stack\('a', 'b'\)"):
+        adapters.combine(made, "c", {"both": 1.0})
+
+
+def test_a_sum_is_the_average_of_selections_with_the_same_weights() -> None:
+    made = model(a=A, b=B)
+    inputs = tiny.inputs(made)
+    adapters.combine(made, "ab", {"a": 0.3, "b": 1.7})
+    with adapters.using(made, adapters.Average("a", "b", weights=(0.3, 1.7))):
+        assert relative(output(made, inputs), output_of(made, "ab", inputs)) < 1e-5
+    adapters.combine(made, "sum", {"a": 1.0, "b": 1.0})
+    with adapters.using(made, adapters.Stack("a", "b")):
+        assert relative(output(made, inputs), output_of(made, "sum", inputs)) < 1e-5
+
+
+def output_of(made: Any, name: str, inputs: dict[str, Tensor]) -> Tensor:
+    with adapters.using(made, name):
+        return output(made, inputs)
+
+
 def test_patterns_tell_every_site_its_own_value() -> None:
     sites = [site for site in adapters.sites(tiny.build("llama")).weights if site.default]
     generator = torch.Generator().manual_seed(0)
+    twins = [
+        replace(site, path=f"{stack}layers.0.w.weight") for site, stack in zip(sites, ("", "decoder."), strict=False)
+    ]
+    for values in ({twins[0].path: 1, twins[1].path: 2}, {twins[0].path: 2, twins[1].path: 1}):
+        alike = [replace(site, role="mlp.up") for site in (*twins, *sites[2:6])]
+        values |= {site.path: 5 for site in sites[2:6]}
+        usual, found = patterns(alike, values)
+        method = adapters.methods.get("lora")(rank=usual, rank_pattern=found)
+        assert {site.path: method.at(site).rank for site in alike} == values
     for most in itertools.chain([1], range(2, 6)):
         values = {site.path: int(torch.randint(1, most + 1, (), generator=generator)) for site in sites}
         usual, found = patterns(sites, values)

@@ -43,13 +43,12 @@ def combine(
         weights: of each adapter, by name: {"fr": 0.3, "formal": 0.7}; a negative one takes away.
         how: "cat" is exact, W' = W + sum_i w_i s_i B_i A_i, its rank the sum of the ranks; adapters may differ in rank
             and in sites. Bottlenecks are put side by side, likewise exactly.
-            "svd" is the best approximation of the same sum at `rank`. Methods that change weights in other ways (DoRA,
-            IA3) are taken as the change of the weights that they make.
-            "linear" adds tensors. For low-rank adapters of one rank that is PEFT's "linear": products of one adapter's
-            B and another's A come in, so that it is not the sum, and the report says how far from it. Bottlenecks and
+            "svd" is the best approximation of that sum at `rank`, also of what DoRA or IA3 make of the weights.
+            "linear" adds tensors. For low-rank adapters of one rank that is PEFT's "linear", into which products of one
+            adapter's B and another's A come: it is not the sum, and the report says how far from it. Bottlenecks and
             prefixes are averaged, by weights that sum to 1; IA3's sum is exact.
-            "ties", "dare_linear", "dare_ties" and "magnitude_prune" choose among the elements of every W' - W (PEFT's
-            "ties_svd" and so on), and what they make is approximated at `rank`, with the error of that step.
+            "ties", "dare_linear", "dare_ties", "magnitude_prune" choose among the elements of every W' - W (in PEFT
+            "ties_svd" and so on); what they make is approximated at `rank`, with the error of that step.
         rank: of the result, at most; None takes the largest rank that went in.
         density: the share of elements that "ties" and its kind keep: in TIES' paper 0.2, in DARE's 0.1.
         majority: TIES' vote on each sign: "total" by size, "frequency" by number.
@@ -64,8 +63,7 @@ def combine(
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
-        >>> for name in ("fr", "formal"):
-        ...     _ = adapters.attach(model, "lora", name=name, rank=4)
+        >>> _ = [adapters.attach(model, "lora", name=name, rank=4) for name in ("fr", "formal")]
         >>> adapters.combine(model, "both", {"fr": 0.3, "formal": 0.7}).sites[0].rank
         8
     """

@@ -13,7 +13,7 @@ from adapters._algebra.combining import put
 from adapters._algebra.moved import Tuned, moved_elsewhere
 from adapters._algebra.patterns import as_lora
 from adapters._algebra.reports import Approximation, ExtractReport
-from adapters._algebra.thin import leading
+from adapters._algebra.thin import leading, wide
 from adapters._algebra.weighted import approximation, rounded
 from adapters._attach import base_weight, state_of, unwrapped, using
 from adapters._attach.install import check_attachable
@@ -33,22 +33,22 @@ def extract(
     rank: int = 16,
     targets: Targets = None,
     *,
+    sites: SiteMap | None = None,
     activate: bool = True,
     trainable: bool = False,
 ) -> ExtractReport:
     """Attaches to `model` what makes it, as nearly as a LoRA of this rank can, the fine-tuned model.
 
-    At every site W_tuned - W is replaced by its best approximation; computed in fp64, also where weights are in 4 bits:
-    the rounding of a base in 4 bits is then a part of the change. Biases come along where every site that is called
-    has one and any of them moved. What no LoRA covers (norms, tables, heads) stays the base's, and is listed.
+    Every site keeps the best approximation of W_tuned - W, computed in fp64; of a base in 4 bits the rounding is a part
+    of that change. Biases come along where every site that is called has one and any of them moved. What no LoRA covers
+    (norms, tables, heads) stays the base's, and is listed.
 
     Args:
-        model: the base, to which adapters may be attached; they do not count.
+        model: the base; adapters attached to it do not count.
         tuned: a model of the same class and shapes, or its state dict.
-        name: of the new adapter.
+        name, activate, trainable: of the new adapter.
         rank: at each site, at most.
-        targets: as `attach`'s; None takes every default site. Sites that did not move are left out.
-        activate, trainable: of the new adapter.
+        targets, sites: as `attach`'s; without targets every default site. Sites that did not move are left out.
 
     Raises:
         AdapterError: the models differ in class or shapes, a weight is missing, or nothing moved.
@@ -56,8 +56,7 @@ def extract(
     require(isinstance(rank, int) and rank >= 1, f"rank is {rank!r}; it must be a whole number, at least 1.")
     check_attachable(model, name)
     model, given = unwrapped(model), Tuned.of(model, tuned)
-    known = _map(model)
-    chosen = cast(tuple[WeightSite, ...], select(known, LoRA(rank=rank), targets))
+    chosen = cast(tuple[WeightSite, ...], select(sites or _map(model), LoRA(rank=rank), targets))
     changes: dict[str, Factors] = {}
     found: list[Approximation] = []
     biased = _biases_moved(model, given, chosen)
@@ -68,16 +67,19 @@ def extract(
             found.append(about)
     if not any(site.size for site in found):
         raise AdapterError("the weights of the fine-tuned model are those of this base: there is nothing to extract.")
-    sites = tuple(site for site in chosen if site.path in changes)
-    method, tensors = as_lora(sites, changes, torch.float32)
-    put(model, Bundle(name, method, sites, tensors, facts={"extracted": {"rank": rank}}), activate, trainable)
-    covered = {path for site in sites for path in (site.path, *site.aliases)}
-    covered |= {path for site in sites if biased for path in _bias_paths(model, site)}
+    acting = tuple(site for site in chosen if site.path in changes)
+    method, tensors = as_lora(acting, changes, torch.float32)
+    put(model, Bundle(name, method, acting, tensors, facts={"extracted": {"rank": rank}}), activate, trainable)
+    covered = {site.path for site in acting}
+    covered |= {path for site in acting if biased for path in _bias_paths(model, site)}
     left, notes = moved_elsewhere(model, given, covered)
-    packed = [site.path for site in sites if is_quantized(base_weight(model, site).stored)]
-    if packed:
-        notes = (*notes, f"{len(packed)} weights are in 4 bits here, and their rounding is a part of the change")
+    notes += _packed(model, acting)
     return ExtractReport(name, rank, tuple(found), left, sum(t.numel() for t in tensors.values()), notes)
+
+
+def _packed(model: nn.Module, acting: tuple[WeightSite, ...]) -> tuple[str, ...]:
+    held = [site.path for site in acting if is_quantized(base_weight(model, site).stored)]
+    return (f"{len(held)} weights are in 4 bits here, and their rounding is a part of the change",) if held else ()
 
 
 def _map(model: nn.Module) -> SiteMap:
@@ -89,13 +91,12 @@ def _map(model: nn.Module) -> SiteMap:
 
 
 def _at(model: nn.Module, tuned: Tuned, site: WeightSite, rank: int, biased: bool) -> tuple[Factors, Approximation]:
-    change = tuned.weight(site) - base_weight(model, site).dense().detach().to("cpu", torch.float64)
-    low = leading(change, min(rank, site.n_in, site.n_out))
+    here = wide(base_weight(model, site).dense())
+    change = tuned.weight(site).to(here.device) - here
+    low = leading(change, rank)
     if biased and site.access == "call":
-        here = base_weight(model, site).bias()
-        assert here is not None
-        shift = sum((tuned.tensor(path) for path in _bias_paths(model, site)), start=-here.detach().cpu().double())
-        low = replace(low, bias=shift)
+        biases = [tuned.tensor(path).to(here.device) - wide(tuned.base[path]) for path in _bias_paths(model, site)]
+        low = replace(low, bias=torch.stack(biases).sum(0))
     stored = rounded(low, torch.float32)
     return stored, approximation(site, change, stored)
 

@@ -21,6 +21,7 @@ from adapters._store import commit
 from adapters._store.bundle import CARD, CONFIG, OWNED, RECORD, WEIGHTS, Bundle, method_record
 from adapters._store.card import card, ours
 from adapters._store.record import encode
+from adapters._store.saving import existing_card
 
 
 def combine_folders(
@@ -70,7 +71,7 @@ def write(folder: str | os.PathLike[str], bundle: Bundle, expressed: PeftFiles |
     )
     files = {WEIGHTS: weights, CONFIG: config, RECORD: encode(bundle, keys, config, weights)}
     owned = set(OWNED)
-    if ours(_existing_card(folder)):
+    if ours(existing_card(folder)):
         files[CARD] = card(bundle, bundle.parameters, base_name, "written" if known else str(expressed))
     else:
         owned.remove(CARD)
@@ -90,10 +91,3 @@ def _recorded(made: Bundle, operands: list[Operand]) -> Bundle:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         map=next((bundle.map for bundle in bundles if bundle.map is not None), None),
     )
-
-
-def _existing_card(folder: str | os.PathLike[str]) -> bytes | None:
-    if not os.path.isdir(folder):
-        return None
-    with commit.reading(folder) as view:
-        return view.get(CARD)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters._algebra.reports import LeftOut
+from adapters._algebra.thin import wide
 from adapters._attach import adapters_of, base_parameters, base_weight, unwrapped
 from adapters._attach.swap import base_class
 from adapters._contract import WeightSite
@@ -50,7 +51,7 @@ class Tuned:
     def weight(self, site: WeightSite) -> Tensor:
         """A weight of the fine-tuned model as methods see it, in fp64."""
         if self.model is not None and site.path in self.tensors:
-            found = base_weight(self.model, site).dense().detach().to("cpu", torch.float64)
+            found = wide(base_weight(self.model, site).dense())
         else:
             path = next((path for path in (site.path, *site.aliases) if path in self.tensors), site.path)
             stored = self.tensor(path)
@@ -62,7 +63,7 @@ class Tuned:
 
     def apart(self, path: str) -> bool:
         """Whether a parameter differs from the base's."""
-        return path in self.base and not torch.equal(self.tensor(path), _dense(self.base[path]))
+        return path in self.base and not _equal(self.tensor(path), _dense(self.base[path]))
 
 
 def moved_elsewhere(model: nn.Module, tuned: Tuned, covered: set[str]) -> tuple[tuple[LeftOut, ...], tuple[str, ...]]:
@@ -80,13 +81,17 @@ def moved_elsewhere(model: nn.Module, tuned: Tuned, covered: set[str]) -> tuple[
         old, new = _dense(parameter), tuned.tensor(there)
         if old.shape != new.shape:
             found.append(LeftOut(path, math.nan, math.nan))
-        elif not torch.equal(old, new):
-            moved, size = float((new - old).norm()), float(old.norm())
+        elif not _equal(new, old):
+            moved, size = float((new.to(old.device) - old).norm()), float(old.norm())
             found.append(LeftOut(path, moved, moved / size if size else math.inf))
     reshaped = [left.path for left in found if math.isnan(left.moved)]
     notes = [f"{len(missing)} parameters are not in the state dict, such as {missing[0]}"] if missing else []
     notes += [f"{len(reshaped)} parameters have another shape there, such as {reshaped[0]}"] if reshaped else []
     return tuple(found), tuple(notes)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.to(b.device), b)
 
 
 def _names(model: nn.Module) -> Callable[[Tensor], set[str]]:
@@ -99,4 +104,4 @@ def _names(model: nn.Module) -> Callable[[Tensor], set[str]]:
 
 def _dense(stored: Tensor) -> Tensor:
     found = dequantize(stored) if isinstance(stored, nn.Parameter) and is_quantized(stored) else stored
-    return found.detach().to("cpu", torch.float64)
+    return wide(found)

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from adapters._attach import adapters_of, base_weight, tensors_of, unwrapped
+from adapters._attach import adapters_of, base_weight, state_of, tensors_of, unwrapped
 from adapters._attach.weights import by_site
 from adapters._contract import Factors, Method, Site, WeightMethod, WeightSite
 from adapters._errors import AdapterError, nearest
@@ -52,6 +52,9 @@ def attached(model: nn.Module, name: str) -> Operand:
     """
     known = adapters_of(model)
     if not isinstance(name, str) or name not in known:
+        state = state_of(model)
+        if state is not None and name in state.named:
+            raise AdapterError(f"{name!r} is a composition, {state.named[name]!r}: name the adapters in it.")
         have = f"Attached: {', '.join(known)}." if known else "None is attached."
         raise AdapterError(f"no adapter {name!r} on this model{nearest(str(name), known)} {have}")
     found = known[name]

@@ -67,8 +67,9 @@ def error(exact: Factors | Tensor, stored: Factors) -> float:
 def leading(change: Factors | Tensor, rank: int) -> Factors:
     """The best approximation of a rank (Eckart and Young, 1936), L = U sqrt(S), R = sqrt(S) V^T; the bias stays.
 
-    From the eigenvectors of the smaller Gram matrix, six times as fast as a decomposition into singular values. What
-    that loses, directions below 1e-8 of the largest, is less than an fp32 tensor holds.
+    The rank is no larger than the sides or the factors of the change allow. From the eigenvectors of the smaller Gram
+    matrix, six times as fast as a decomposition into singular values; what that loses, directions below 1e-8 of the
+    largest, is less than an fp32 tensor holds.
     """
     if isinstance(change, Tensor):
         return _leading(change, rank)

@@ -69,14 +69,14 @@ def _at(site: WeightSite, here: Terms, way: Way, most: int) -> tuple[Factors, Fa
     if len(lows) == len(thin) and way.how in ("cat", "linear", "svd"):
         exact = summed(lows)
         if way.how == "svd":
-            return leading(exact, min(most, site.n_in, site.n_out, exact.left.shape[-1])), exact
+            return leading(exact, most), exact
         return (exact if way.how == "cat" else linear(lows, site.path)), exact
     changes = [
         wide(low.dense()) if low is not None else dense_change(operand, site.path)
         for (_, low), (_, operand) in zip(thin, here, strict=True)
     ]
     whole = _dense(way, site.path, [weight for weight, _ in here], changes)
-    found = leading(whole, min(most, site.n_in, site.n_out))
+    found = leading(whole, most)
     biases = [(weight, low.scale * wide(low.bias)) for weight, low in lows if low.bias is not None]
     if biases:
         bias = _dense(way, f"{site.path} bias", [weight for weight, _ in biases], [bias for _, bias in biases])

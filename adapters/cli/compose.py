@@ -21,6 +21,7 @@ def compose_adapters(
     ] = "cat",
     rank: Annotated[int | None, typer.Option(help="Rank of the result, where `how` approximates.")] = None,
     density: Annotated[float | None, typer.Option(help="Share of elements that ties and its kind keep.")] = None,
+    majority: Annotated[str, typer.Option(help="How ties votes on a sign: total (by size) or frequency.")] = "total",
     seed: Annotated[int, typer.Option(help="Of the random choice that dare makes.")] = 0,
     name: Annotated[str | None, typer.Option(help="Name of the new adapter; the folder's unless given.")] = None,
     as_json: Json = False,
@@ -35,7 +36,7 @@ def compose_adapters(
     weights = _weights(parts)
     if any(Path(folder).resolve() == output.resolve() for folder in weights):
         raise AdapterError(f"{output} is one of the adapters to combine: give another folder.")
-    report = combine_folders(output, weights, Way(how, rank, density, seed=seed), name)
+    report = combine_folders(output, weights, Way(how, rank, density, majority, seed), name)
     if as_json:
         print_json({"output": str(output), "error": report.error, **asdict(report)})
     else:
