@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -31,12 +32,15 @@ def compose_adapters(
     Example:  adapters compose out/both out/fr=0.3 out/formal=0.7 --how svd --rank 16
     """
     from adapters._algebra.folders import combine_folders
-    from adapters._algebra.ways import Way
+    from adapters._algebra.ways import OF_ELEMENTS, Way
+    from adapters._hub.quiet import quiet
 
     weights = _weights(parts)
     if any(Path(folder).resolve() == output.resolve() for folder in weights):
         raise AdapterError(f"{output} is one of the adapters to combine: give another folder.")
-    report = combine_folders(output, weights, Way(how, rank, density, majority, seed), name)
+    way = Way(how, rank, density, majority, seed)
+    with quiet() if how in OF_ELEMENTS else nullcontext():  # PEFT's functions, whose import brings notices along
+        report = combine_folders(output, weights, way, name)
     if as_json:
         print_json({"output": str(output), "error": report.error, **asdict(report)})
     else:
