@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -543,6 +544,20 @@ def counted() -> Iterator[Any]:
     torch._dynamo.reset()
     yield CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "bottleneck"])
+def test_compiled_code_is_one_graph(kind: str, tmp_path: Path) -> None:
+    model, batch = attached("llama", kind), tiny.inputs("llama", rows=4)
+    adapters.save(model, "b", tmp_path)
+    adapters.detach(model, "b")
+    adapters.load(model, tmp_path, name="b")
+    selections: list[Any] = ["a", "b", ["a", "b", None, "a"], None]
+    for selection in selections if kind == "lora" else selections[:2]:
+        torch._dynamo.reset()
+        with adapters.using(model, selection):
+            found = torch._dynamo.explain(model)(**batch)
+        assert found.graph_count == 1, (selection, [str(each.reason)[:200] for each in found.break_reasons[:1]])
 
 
 @pytest.mark.parametrize("kind", ["lora", "bottleneck"])
