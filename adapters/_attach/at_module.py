@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from adapters._attach.acting import Before, Chain, Here, Mean, Node, Shape
 from adapters._attach.aligned import by_row, put_back
-from adapters._attach.called import ReadWeight, ScaledInput
-from adapters._attach.container import put
+from adapters._attach.called import CalledWeight, ReadWeight, ScaledInput
+from adapters._attach.container import Replica, put
 from adapters._attach.factored import Factored
 from adapters._attach.per_row import PerRow
 from adapters._attach.revised import NewRows, Stored, rows_key
@@ -20,6 +20,7 @@ from adapters._attach.streamed import Fusion, Stream
 from adapters._errors import AdapterError
 from adapters._fourbit import Packed, as_dense
 
+AFTER = (CalledWeight, Stream, Fusion, Replica)  # entries that are called after their module
 Held = Mapping[str, nn.Module | None]
 
 
@@ -27,9 +28,11 @@ def changed(
     state: State, acting: Acting, held: Held, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
     """A module's output with what the acting adapters make of it."""
-    entries: list[tuple[Adapter, Any]] = [
-        (adapter, entry) for adapter in acting if hasattr(entry := held.get(adapter.slot), "source")
-    ]
+    entries: list[tuple[Adapter, Any]] = []
+    for adapter in acting:
+        entry = held.get(adapter.slot)
+        if isinstance(entry, AFTER):
+            entries.append((adapter, entry))
     if not entries:
         return output
     streams = [pair for pair in entries if isinstance(pair[1], Stream | Fusion)]

@@ -34,6 +34,7 @@ class Layout:
     """What adapters of one kind share: the modules `slot`, and where each tensor is in a row, by site path and name."""
 
     traits: Any = None  # of every adapter of this layout
+    table: Any = None  # where its rows are, if compiled code chooses among them
 
     def __init__(self, slot: str, key: Key, devices: Mapping[str, torch.device]) -> None:
         self.slot, self.key = slot, key
@@ -59,11 +60,16 @@ class Row:
 
     def __init__(self, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
         self.layout = layout
-        self.blocks = [
-            torch.cat([tensors[name].detach().to(device).reshape(-1) for name in names])
-            for (device, _), names in zip(layout.blocks, layout.order, strict=True)
-        ]
+        self.number: int | None = None  # in the layout's table, if it has one
         self._views: dict[str, dict[str, Tensor]] = {}
+        given: list[Tensor | None] = [None] * len(layout.blocks)
+        if layout.table is not None:
+            self.number, given = layout.table.take(self)
+        with torch.no_grad():
+            self.blocks = [
+                torch.cat([tensors[name].detach().to(device).reshape(-1) for name in names], out=out)
+                for (device, _), names, out in zip(layout.blocks, layout.order, given, strict=True)
+            ]
 
     def at(self, path: str) -> dict[str, Tensor]:
         """The tensors at one site, by name: views of the row."""

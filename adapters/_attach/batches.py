@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
@@ -52,10 +53,11 @@ def bound(
             raise AdapterError(_unlike(rows, wanted))
         node = node.repeated(rows // wanted)
         acting = Acting.of(acting, acting.value, node)
-    if state.stacked is not node:  # what was stacked for another selection is as large as its adapters
-        if state.stacked is not None:
-            state.stacked.forget()
-        state.stacked = node
+    before = state.stacked() if state.stacked is not None else None
+    if before is not node:  # what was stacked for another selection is as large as its adapters
+        if before is not None:
+            before.forget()
+        state.stacked = weakref.ref(node)
     node.refresh()
     return acting
 

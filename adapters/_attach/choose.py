@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,55 +65,69 @@ def report_of(acting: Acting) -> SelectionReport:
 
 
 def _resolved(adapters: Mapping[str, Adapter], named: Mapping[str, Part], value: Chosen) -> Acting:
-    nodes: dict[Part, Node] = {}
-
-    def node(part: Part) -> Node:
-        if part not in nodes:
-            nodes[part] = _node(part, adapters, named, node)
-        return nodes[part]
-
+    meaning = _Meaning(adapters, named, {})
     if isinstance(value, tuple | Parallel):
-        parts = tuple(map(node, value if isinstance(value, tuple) else value.parts))
+        parts = tuple(map(meaning.node, value if isinstance(value, tuple) else value.parts))
         if not parts:
             raise AdapterError("an empty list selects nothing: a selection by row has one entry for each row.")
         every = tuple({id(each): each for part in set(parts) for each in adapters_in(part)}.values())
-        separately = check_rows(every, any(part is None for part in parts))
         whole: Any = PerRow(parts) if isinstance(value, tuple) else Repeated(parts)
-        if len(set(parts)) == 1 and isinstance(value, tuple) and not separately:
-            separately = ""
-        return Acting.of(every, value, whole, separately)
-    made = node(value)
+        return Acting.of(every, value, whole, check_rows(every, any(part is None for part in parts)))
+    made = meaning.node(value)
     every = adapters_in(made)
-    plain = isinstance(made, Adapter) or made is None or (isinstance(made, Chain) and set(made.parts) <= set(every))
-    return Acting.of(dict.fromkeys(every), value, None if plain and len(set(every)) == len(every) else made)
+    alone = len(set(every)) == len(every)
+    in_turn = isinstance(made, Adapter) or made is None or (isinstance(made, Chain) and set(made.parts) <= set(every))
+    return Acting.of(dict.fromkeys(every), value, None if in_turn and alone else made)
 
 
-def _node(part: Part, adapters: Mapping[str, Adapter], named: Mapping[str, Part], node: Callable[[Part], Node]) -> Node:
-    if part is None:
-        return None
-    if isinstance(part, str):
-        if part in named:
-            return node(named[part])
-        if part not in adapters:
-            there = ", ".join([*adapters, *named]) or "none"
-            raise AdapterError(f"no adapter {part!r} is attached; attached: {there}.")
-        adapter = adapters[part]
-        method = adapter.method
-        return Fused(adapter, tuple(map(node, method.parts))) if isinstance(method, FusionMethod) else adapter
-    if not isinstance(part, Stack | Average | Split):
-        raise AdapterError(
-            f"{part!r} is no selection of adapters: a name, None, Stack, Average, Split, or a list by row."
-        )
-    parts = tuple(map(node, part.parts))
-    if isinstance(part, Stack):
-        flat = ((each,) if not isinstance(each, Chain) else each.parts for each in parts if each is not None)
-        some = tuple(each for group in flat for each in group)
-        check_stack(some)
-        return some[0] if len(some) == 1 else Chain(some) if some else None
-    if isinstance(part, Split):
-        check_split(parts)
-        every = tuple(each for one in parts for each in adapters_in(one))
-        return Spans(parts, (0, *part.at), every)
+@dataclass(frozen=True)
+class _Meaning:
+    """What the parts of one selection mean; equal parts are one node."""
+
+    adapters: Mapping[str, Adapter]
+    named: Mapping[str, Part]
+    nodes: dict[Part, Node]
+
+    def node(self, part: Part) -> Node:
+        if part not in self.nodes:
+            self.nodes[part] = self._made(part)
+        return self.nodes[part]
+
+    def _made(self, part: Part) -> Node:
+        if part is None:
+            return None
+        if isinstance(part, str):
+            return self.node(self.named[part]) if part in self.named else self._attached(part)
+        if not isinstance(part, Stack | Average | Split):
+            raise AdapterError(f"{part!r} is no selection: a name, None, Stack, Average, Split, or a list by row.")
+        parts = tuple(map(self.node, part.parts))
+        if isinstance(part, Stack):
+            return _stacked(parts)
+        return _split(part, parts) if isinstance(part, Split) else _averaged(part, parts)
+
+    def _attached(self, name: str) -> Node:
+        if name not in self.adapters:
+            there = ", ".join([*self.adapters, *self.named]) or "none"
+            raise AdapterError(f"no adapter {name!r} is attached; attached: {there}.")
+        adapter = self.adapters[name]
+        if isinstance(adapter.method, FusionMethod):
+            return Fused(adapter, tuple(map(self.node, adapter.method.parts)))
+        return adapter
+
+
+def _stacked(parts: tuple[Node, ...]) -> Node:
+    flat = ((each,) if not isinstance(each, Chain) else each.parts for each in parts if each is not None)
+    some = tuple(each for group in flat for each in group)
+    check_stack(some)
+    return some[0] if len(some) == 1 else Chain(some) if some else None
+
+
+def _split(part: Split, parts: tuple[Node, ...]) -> Node:
+    check_split(parts)
+    return Spans(parts, (0, *part.at), tuple(each for one in parts for each in adapters_in(one)))
+
+
+def _averaged(part: Average, parts: tuple[Node, ...]) -> Node:
     weighted = [(one, weight) for one, weight in zip(parts, part.weights, strict=True) if one is not None and weight]
     if not weighted:
         return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adapters._attach import injection
 from adapters._attach.choose import resolve
+from adapters._attach.compiled import point
 from adapters._attach.container import Container
 from adapters._attach.entries import adapter_tensors, drop_slot, place
 from adapters._attach.inputs import input_embeddings
@@ -80,6 +81,7 @@ def show(model: nn.Module, state: State, attached: Mapping[str, Adapter], active
     state.adapters = attached
     state.resolved = {}
     state.active = resolve(state, active)
+    point(state, state.active)
     show_labels(model, state, state.active)
 
 
@@ -153,6 +155,7 @@ def _take_out(model: nn.Module, state: State, adapter: Adapter) -> None:
     others = {name: other for name, other in state.adapters.items() if other is not adapter}
     if adapter.name in names_used(state, state.active.value) and adapter in state.adapters.values():
         state.active = NOBODY
+        point(state, NOBODY)
         show_labels(model, state, state.active)
     release(model, state, adapter, others.values())
     if not any(isinstance(other.method, KeyValueMethod) for other in others.values()):

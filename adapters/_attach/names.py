@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from adapters._attach.choose import resolve
+from adapters._attach.compiled import point
 from adapters._attach.labels import show_labels
 from adapters._attach.state import NOBODY, State
 from adapters._contract import FusionMethod
@@ -60,6 +61,7 @@ def forget(model: nn.Module, state: State, name: str) -> None:
     check_unused(state, name)
     if name in names_used(state, state.active.value):
         state.active = NOBODY
+        point(state, NOBODY)
         show_labels(model, state, state.active)
     state.named = {key: value for key, value in state.named.items() if key != name}
     state.resolved = {}

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from adapters._attach.bank import Bank, Layout, Row, key_of
+from adapters._attach.compiled import tabled
 from adapters._attach.container import CHILD, Container, Entry
 from adapters._attach.entries import Made, device_of, drop_slot, make_entries
 from adapters._attach.state import Adapter, State
+from adapters._attach.table import Table
 from adapters._attach.traits import traits_of
 
 BANK = "bank"  # the name of the bank among the root's entries
@@ -36,6 +38,8 @@ def prepared(
     made = make_entries(model, adapter, tensors)
     layout = Layout(adapter.slot, key, {site.path: device_of(model, site) for site in adapter.sites})
     layout.traits = _traits(adapter, made)
+    if state.slots and tabled(layout, [change.entry for change in made if change.entry is not None]):
+        layout.table = Table(layout, state.slots)
     row = Row(layout, tensors)
     for change in made:
         if isinstance(change.entry, Entry):

@@ -61,6 +61,7 @@ class Acting(tuple[Adapter, ...]):
 
     node: Any = None
     value: Chosen = None
+    numbers: Any = None  # of its rows in the tables, with the tables, once asked for
     separately: str = ""  # why the rows of a batch run by selection, where they differ and cannot be followed
 
     @classmethod
@@ -82,7 +83,9 @@ class State:
     named: Mapping[str, Part] = field(default_factory=dict)  # compositions by name; replaced whole
     layouts: weakref.WeakValueDictionary[Key, Layout] = field(default_factory=weakref.WeakValueDictionary)
     resolved: dict[Chosen, Acting] = field(default_factory=dict)  # selections used lately, while the adapters are these
-    stacked: Any = None  # the selection by row whose adapters' tensors were stacked last
+    slots: int = 0  # of each layout's table; 0: rows are by themselves
+    tables: tuple[Any, ...] | None = None  # from which compiled code reads what acts; None: it looks at the selection
+    stacked: weakref.ref[Any] | None = None  # the selection by row whose adapters' tensors were stacked last
     compiled: Acting | None = None  # what `using` chose, for compiled code, which cannot follow context variables
     required_grad: dict[str, bool] = field(default_factory=dict)  # of the base's parameters, before the first attach
     map: SiteMap | None = None  # of the base, once it was traced or an adapter brought it along
@@ -136,6 +139,11 @@ def selection(state: State) -> Acting:
     return state.active
 
 
+def tables(state: State) -> tuple[Any, ...] | None:
+    """The tables from which compiled code reads what acts; None where it is not compiled, or they do not tell."""
+    return state.tables if torch.compiler.is_compiling() else None
+
+
 def notes(state: State) -> Notes:
     """What the parts of the forward that is under way in this context leave for each other."""
     return next((kept for owner, _, kept in reversed(_frames.get()) if owner is state), {})
@@ -165,18 +173,24 @@ class holding:
 
 
 class choosing(holding):
-    """`holding` for callers: compiled code sees the choice too, in every thread."""
+    """`holding` for callers: compiled code sees the choice too, in every thread, where `point` shows it."""
 
-    __slots__ = ("before",)
+    __slots__ = ("before", "point")
+
+    def __init__(self, state: State, chosen: Acting, point: Callable[[State, Acting], None], report: Any) -> None:
+        super().__init__(state, chosen, report=report)
+        self.point = point
 
     def __enter__(self) -> Any:
         self.before, self.state.compiled = self.state.compiled, self.chosen
+        self.point(self.state, self.chosen)
         return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.state.compiled = self.before
+        self.point(self.state, self.state.active if self.before is None else self.before)
         super().__exit__(kind, error, trace)
 
 

@@ -35,7 +35,9 @@ from adapters._attach.state import (
     put_tap,
     running,
     selection,
+    tables,
 )
+from adapters._attach.table import changed_by_table
 from adapters._attach.virtual import entry_call, layer_call
 from adapters._fourbit import stored_or_packed
 from adapters._sharded import is_sharded
@@ -156,6 +158,11 @@ def _site_call(base_call: Callable[..., Any], tapped: bool) -> Callable[..., Any
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         y = base_call(self, *args, **kwargs)
         state = self.__dict__.get(STATE)  # None: detached while a compiled caller still knows this class
+        if state is not None and (numbered := tables(state)) is not None:
+            if tapped:
+                put_tap(self, args[0] if args else next(iter(kwargs.values())))
+            held = self._modules.get(CHILD)
+            return y if held is None else changed_by_table(numbered, held._modules, args, kwargs, y)
         acting = selection(state) if state is not None else ()
         if not acting:
             return y
@@ -173,7 +180,7 @@ def _scaling_call(base: type[nn.Module]) -> Callable[..., Any]:
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state, held = self.__dict__.get(STATE), self._modules.get(CHILD)
-        acting = selection(state) if state is not None else ()
+        acting = selection(state) if state is not None and tables(state) is None else ()
         if acting and held is not None and state is not None:
             args, kwargs = scaled_arguments(state, acting, held._modules, args, kwargs)
         return base_call(self, *args, **kwargs)
@@ -185,6 +192,8 @@ def _root_call(inner: Callable[..., Any], root: bool) -> Callable[..., Any]:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: State | None = self.__dict__.get(STATE)
         if state is None:
+            return inner(self, *args, **kwargs)
+        if tables(state) is not None:
             return inner(self, *args, **kwargs)
         acting = selection(state)
         if torch.compiler.is_compiling():
@@ -255,7 +264,7 @@ def _reader(parameter: str) -> Callable[[nn.Module], Any]:
         held, state = self._modules.get(CHILD), self.__dict__.get(STATE)
         if not torch.compiler.is_compiling() and is_sharded(raw):
             return raw  # its owner is not running: FSDP2 itself asks (`divided` has refused all else)
-        if held is not None and state is not None:
+        if held is not None and state is not None and tables(state) is None:
             stored = read_under(selection(state), held._modules, parameter, stored, raw)
         return stored
 

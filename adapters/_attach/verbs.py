@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adapters import _registry
 from adapters._attach.choose import SelectionReport, report_of, resolve
+from adapters._attach.compiled import point
 from adapters._attach.entries import check_free
 from adapters._attach.fusing import freeze_parts, where_its_parts_act
 from adapters._attach.heads import bare_copy, chosen_heads
@@ -163,6 +164,7 @@ def activate(model: nn.Module, selection: Selection) -> SelectionReport:
     state = state_of(model) or State()
     chosen = resolve(state, selection)
     state.active = chosen
+    point(state, chosen)
     show_labels(unwrapped(model), state, chosen)
     return report_of(chosen)
 
@@ -177,7 +179,7 @@ def using(model: nn.Module, selection: Selection) -> choosing:
     """
     state = state_of(model) or State()
     chosen = resolve(state, selection)
-    return choosing(state, chosen, report=report_of(chosen))
+    return choosing(state, chosen, point, report_of(chosen))
 
 
 def compose(model: nn.Module, name: str, composition: Part) -> SelectionReport:

@@ -1,0 +1,69 @@
+"""Tells compiled code what acts, by numbers in tables where that is possible (`adapters._attach.table`)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from adapters._attach.acting import Chain, Node
+from adapters._attach.bank import Layout, Row
+from adapters._attach.per_row import PerRow
+from adapters._attach.state import Acting, Adapter, State
+from adapters._attach.table import Table, numbers
+
+
+def point(state: State, acting: Acting) -> None:
+    """Compiled code sees `acting` from now on: as numbers, if all that acts is in tables."""
+    if not state.slots:
+        return
+    tables = tables_of(state)
+    if acting.numbers is None or acting.numbers[0] != tables:
+        parts = _rows(acting)
+        found = None if parts is None or not tables else numbers(tables, parts)
+        if not acting:  # the one selection that every model shares
+            _choose(state, tables, found)
+            return
+        acting.numbers = (tables, found)
+    _choose(state, tables, acting.numbers[1])
+
+
+def _choose(state: State, tables: tuple[Table, ...], found: list[Tensor] | None) -> None:
+    for table, chosen in zip(tables, found or (), strict=False):
+        table.chosen = chosen
+    state.tables = None if found is None else tables
+
+
+def tables_of(state: State) -> tuple[Table, ...]:
+    """The tables of the adapters that are attached, weights' before streams'."""
+    layouts = {id(row.layout): row.layout for row in state.rows() if row.layout.table is not None}
+    ordered = sorted(layouts.values(), key=lambda layout: layout.key[1][0].kind == "stream")
+    return tuple(layout.table for layout in ordered)
+
+
+def tabled(layout: Layout, entries: list[object]) -> bool:
+    """Whether compiled code can compute every change of this layout from stacked tensors."""
+    return (
+        bool(entries) and all(getattr(entry, "stackable", False) for entry in entries) and not layout.traits.unfollowed
+    )
+
+
+def _rows(acting: Acting) -> list[list[Row]] | None:
+    """The rows of what acts, for each entry of a selection by row, or for all rows as one; None where others act."""
+    node = acting.node if acting.node is not None else Chain(tuple(acting))
+    parts = node.parts if isinstance(node, PerRow) else (node,)
+    found = [_of(part) for part in parts]
+    return None if any(each is None for each in found) or acting.separately else found  # type: ignore[return-value]
+
+
+def _of(node: Node) -> list[Row] | None:
+    if node is None:
+        return []
+    if isinstance(node, Adapter):
+        return None if node.row is None or node.row.number is None else [node.row]
+    if not isinstance(node, Chain):
+        return None
+    each = [_of(part) for part in node.parts]
+    if any(rows is None for rows in each):
+        return None
+    rows = [row for some in each for row in some or ()]
+    streams = [row for row in rows if row.layout.key[1][0].kind == "stream"]
+    return rows if len(streams) < 2 else None  # whose order the tables do not know
