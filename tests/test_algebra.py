@@ -23,6 +23,7 @@ import adapters
 from adapters import AdapterError, Factors
 from adapters._algebra import thin
 from adapters._algebra.patterns import patterns
+from adapters._algebra.tensorwise import reduction_factor
 from adapters._attach import base_weight, tensors_of
 from adapters._attach.weights import by_site
 
@@ -405,6 +406,9 @@ def test_changes_of_any_method_are_approximated() -> None:
     assert report.method == "lora"
     low = adapters.combine(made, "low", weights, "svd")
     assert {site.rank for site in low.sites} == {4}, "the largest that went in"
+    biased = model("gpt2", a=A, i={"method": "ia3", "noise": 0.3})
+    with pytest.raises(AdapterError, match="changes the bias"):
+        adapters.combine(biased, "mixed", {"a": 1.0, "i": 0.5}, "svd")
     with pytest.raises(AdapterError, match="needs rank="):
         adapters.combine(made, "only", {"i": 0.5}, "svd")
 
@@ -471,9 +475,26 @@ def test_heads_and_tokens_are_carried_or_averaged() -> None:
     expected = 0.3 * tensors_of(made, "a")[key] + 0.7 * tensors_of(made, "b")[key]
     assert torch.allclose(tensors_of(made, "ab")[key], expected)
     assert adapters.adapters_of(made)["ab"].labels == adapters.adapters_of(made)["a"].labels
+    adapters.combine(made, "abc", {"a": 0.3, "b": 0.7, "c": -2.0})
+    assert torch.equal(tensors_of(made, "abc")[key], tensors_of(made, "ab")[key])
     for weights in ({"a": 1.0, "b": -1.0}, {"a": 0.3, "b": 0.4, "c": 0.3}):
         with pytest.raises(AdapterError, match="sum to 1"):
             adapters.combine(made, "no", weights)
+
+
+def test_heads_with_other_labels_are_not_averaged() -> None:
+    made = tiny.build("bert_classifier")
+    for name, label in (("a", "cat"), ("b", "dog")):
+        made.config.id2label = {0: label, 1: "bird", 2: "fish"}
+        adapters.attach(made, name=name, rank=2)
+    with pytest.raises(AdapterError, match="labels or tokens of 'a' and 'b' differ"):
+        adapters.combine(made, "ab", {"a": 0.5, "b": 0.5})
+
+
+def test_a_reduction_factor_gives_the_width_back() -> None:
+    for width, inner in itertools.product((64, 100, 576, 768, 1000), range(1, 101)):
+        if inner <= width:
+            assert int(width / reduction_factor(width, inner)) == inner
 
 
 # other ranks

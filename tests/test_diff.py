@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from laws import output, relative, shake
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import adapters
@@ -39,9 +40,19 @@ def model(name: str = "llama", seed: int = 0, **named: dict[str, Any]) -> Any:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of adapters on one base, and of one on another."""
     folder = tmp_path_factory.mktemp("saved")
-    made = model(a=A, b=B, p={"method": "prefix"}, n={"method": "bottleneck"}, q={**A, "targets": ["mlp.*"]})
+    made = model(
+        a=A,
+        b=B,
+        p={"method": "prefix"},
+        n={"method": "bottleneck"},
+        q={**A, "targets": ["mlp.*"]},
+        e={**A, "targets": ["*.0.mlp.*", "attention.query"], "bias": True},
+    )
     for name in adapters.adapters_of(made):
         adapters.save(made, name, folder / name)
+    deeper = LlamaForCausalLM(LlamaConfig(**{**made.config.to_dict(), "num_hidden_layers": 3})).eval()
+    adapters.attach(deeper, name="deep", rank=2)
+    adapters.save(deeper, "deep", folder / "deep")
     other = model(seed=1, x=A)
     adapters.save(other, "x", folder / "x")
     return folder
@@ -140,6 +151,16 @@ def test_other_methods_are_compared_by_their_tensors(method: str) -> None:
     assert adapters.diff((made, "a"), (made, "a")).cosine == pytest.approx(1.0)
 
 
+def test_what_does_nothing_yet_has_no_angle() -> None:
+    made = tiny.build("llama")
+    adapters.attach(made, name="a", rank=2)
+    report = adapters.diff((made, "a"), (made, "a"))
+    assert (report.size_a, report.difference) == (0, 0)
+    assert math.isnan(report.cosine)
+    assert math.isnan(report.outputs)
+    assert "nan" not in str(report)
+
+
 def test_heads_and_rows_of_tokens_are_compared_too() -> None:
     made = model("bert_classifier", a=A, b=A)
     heads = [site for site in adapters.diff((made, "a"), (made, "b")).sites if site.role == "head"]
@@ -158,6 +179,10 @@ def test_what_cannot_be_compared_is_refused_or_said(saved: Path) -> None:
     with pytest.raises(AdapterError, match="nothing in common"):
         adapters.diff((made, "a"), (made, "d"))
     assert "the weights are not those" in str(adapters.diff(saved / "a", saved / "x")), "a note: both can be compared"
+    larger = LlamaForCausalLM(LlamaConfig(**{**made.config.to_dict(), "intermediate_size": 96})).eval()
+    adapters.attach(larger, name="a", rank=4)
+    with pytest.raises(AdapterError, match=r"mlp.gate_proj.weight is .* for 'a' and .* different models"):
+        adapters.diff((made, "a"), (larger, "a"))
     other = model("bert", a=A)
     adapters.save(other, "a", saved / "bert")
     with pytest.raises(AdapterError, match=r"nothing in common|different models"):
@@ -252,15 +277,16 @@ def test_folders_combine_as_attached_adapters_do(saved: Path, tmp_path: Path, ho
 
 
 def test_folders_of_other_targets_and_other_methods(saved: Path, tmp_path: Path) -> None:
-    done = run("compose", tmp_path / "aq", f"{saved}/b=1", f"{saved}/q=2", "--json", "--name", "both")
-    found = json.loads(done.stdout)
-    assert found["weights"] == {"b": 1.0, "q": 2.0}
-    assert found["error"] < 1e-6
     inputs = tiny.inputs(tiny.build("llama"))
-    made, theirs = tiny.build("llama"), peft.PeftModel.from_pretrained(tiny.build("llama"), tmp_path / "aq").eval()
-    adapters.load(made, tmp_path / "aq")
-    assert list(adapters.adapters_of(made)) == ["both"]
-    assert relative(output(theirs, inputs), output(made, inputs)) < 1e-5
+    for first, second in (("b", "q"), ("q", "b"), ("q", "e"), ("e", "q"), ("e", "b")):
+        words = [tmp_path / f"{first}{second}", f"{saved}/{first}=1", f"{saved}/{second}=2", "--json", "--name", "both"]
+        found = json.loads(run("compose", *words).stdout)
+        assert found["weights"] == {first: 1.0, second: 2.0}
+        assert found["error"] < 1e-6
+        made, theirs = tiny.build("llama"), peft.PeftModel.from_pretrained(tiny.build("llama"), words[0]).eval()
+        adapters.load(made, words[0])
+        assert list(adapters.adapters_of(made)) == ["both"]
+        assert relative(output(theirs, inputs), output(made, inputs)) < 1e-5
     assert run("compose", tmp_path / "nn", f"{saved}/n=1", f"{saved}/n/../n=2").exit_code == 1
     done = run("compose", tmp_path / "n2", f"{saved}/n=2")
     assert done.exit_code == 0, done.stderr
@@ -294,6 +320,7 @@ def test_a_head_goes_into_the_folder_and_out_of_the_record_of_the_base(tmp_path:
     ("words", "sentence"),
     [
         (["a=0.5", "x=0.5"], "made for different bases: the weights are not those"),
+        (["a=0.5", "deep=0.5"], "only one of the recorded bases has model.layers.2."),
         (["a=0.5", "p=0.5"], "different methods"),
         (["a"], "is not FOLDER=WEIGHT"),
         (["a=much"], "is not FOLDER=WEIGHT"),

@@ -43,11 +43,11 @@ def replaced(terms: Terms) -> Replaced:
         return _like(first, found, notes)
     _require_alike([operand for _, operand in having])
     total = sum(weight for weight, _ in having)
-    if len(having) < len(terms) or abs(total - 1) > 1e-6:
+    if abs(total - 1) > 1e-6:
         labels = ", ".join(repr(operand.label) for _, operand in having)
         raise AdapterError(
             f"{labels} replace weights of the base (heads, rows of tokens), and what replaces can only be averaged: "
-            f"give them weights that sum to 1 instead of {total:g}, and no adapter without beside them."
+            f"give them weights that sum to 1 instead of {total:g}."
         )
     found = {key: 0.0 * wide(tensor) for key, tensor in first.replaced.items()}
     for weight, operand in having:

@@ -85,9 +85,13 @@ def _side_by_side(method: Bottleneck, terms: Terms, sites: Sequence[Site]) -> Jo
             found[f"{site.path}:{name}"] = torch.cat([part[name] for part in held], axis)
         found[f"{site.path}:up_bias"] = torch.stack([part["up_bias"] for part in held]).sum(0)
     widths = {site.path: (site.width, found[f"{site.path}:down"].shape[0]) for site in sites}  # type: ignore[union-attr]
-    width, inner = next(iter(widths.values()))
-    factor = next((f for f in (width / inner, width / (inner + 0.5)) if int(width / f) == inner), width / inner)
+    factor = reduction_factor(*next(iter(widths.values())))
     return Joined(replace(method, scale=scale, reduction_factor=factor), found, "the exact sum of what they do")
+
+
+def reduction_factor(width: int, inner: int) -> float:
+    """With which a stream of `width` gets a bottleneck of `inner` units, in spite of rounding."""
+    return next(factor for factor in (width / inner, width / (inner + 0.5)) if int(width / factor) == inner)
 
 
 def _at(site: StreamSite, operand: Operand, weight: float, scale: float) -> Named:
