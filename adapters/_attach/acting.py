@@ -91,7 +91,8 @@ class Here:
         """`change` on the module's output by row, put back into its layout."""
         if self.picks is not None:
             return change(self, y)
-        return put_back(change(replace(self, picks=()), by_row(y, rows, self._shape().rows, path)), rows)
+        made = put_back(change(replace(self, picks=()), by_row(y, rows, self._shape().rows, path)), rows)
+        return made.contiguous() if y.is_contiguous() else made  # models see it through views
 
     def first(self, adapters: tuple[Adapter, ...]) -> AtSite | None:
         """The entry of the first of these adapters that has one here."""

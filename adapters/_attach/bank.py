@@ -73,6 +73,8 @@ class Row:
 
     def at(self, path: str) -> dict[str, Tensor]:
         """The tensors at one site, by name: views of the row."""
+        if torch.compiler.is_compiling():  # what fills up as it is used would be compiled anew
+            return {name: self._view(place) for name, place in self.layout.places[path].items()}
         found = self._views.get(path)
         if found is None:
             places = self.layout.places[path]

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from adapters._attach.acting import Node, Shape
+from adapters._attach.acting import Node, Shape, Spans
 from adapters._attach.merging import joined, joined_sequences
 from adapters._attach.per_row import PerRow, adapters_in
 from adapters._attach.signature import shape_of
@@ -176,6 +176,10 @@ def _of_rows(
 
 def refuse_in_compiled_code(acting: Acting) -> None:
     """What compiled code cannot do with a selection."""
+    if isinstance(acting.node, Spans):
+        raise AdapterError(
+            f"compiled code cannot run {acting.value!r}, which counts tokens: call the model uncompiled."
+        )
     if acting.separately or isinstance(acting.node, Repeated):
         why = acting.separately or "Parallel repeats the batch"
         raise AdapterError(f"compiled code cannot run {acting.value!r}: {why}. Call the model uncompiled for it.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import Tensor
 
 from adapters._attach.acting import Chain, Node
@@ -13,6 +15,8 @@ from adapters._attach.table import Table, numbers
 
 def point(state: State, acting: Acting) -> None:
     """Compiled code sees `acting` from now on: as numbers, if all that acts is in tables."""
+    if "torch._dynamo" in sys.modules and isinstance(acting.node, PerRow):
+        acting.node.ready()
     if not state.slots:
         return
     tables = tables_of(state)

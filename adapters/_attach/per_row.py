@@ -97,6 +97,8 @@ class Bucket(Group):
 
     def _stacked(self, entry: Any, dtype: torch.dtype) -> Many | Mapping[str, Tensor] | None:
         """The tensors of all adapters at a place, with a leading dimension; None where its formula has no such form."""
+        if torch.compiler.is_compiling():
+            return self._stack(entry, dtype) if entry.stackable else None
         key = (entry, dtype)
         if key not in self.stacked:
             self.stacked[key] = self._stack(entry, dtype) if entry.stackable else None
@@ -151,6 +153,10 @@ class PerRow:
             return made if self.back is None or not isinstance(self.groups[0], Bucket) else self.back.pick(made)
         made = torch.cat([group.act(here, y, whole=False) for group in self.groups])
         return made if self.back is None else self.back.pick(made)
+
+    def ready(self) -> None:
+        """Finds the groups now: compiled code cannot, when it first meets them."""
+        _ = self.groups, self.back
 
     def refresh(self) -> None:
         """Called before a forward: what was stacked from tensors that have changed since is forgotten."""

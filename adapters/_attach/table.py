@@ -101,7 +101,7 @@ def _changed(table: Table, entry: Any, x: Tensor | None, y: Tensor) -> Tensor:
         shift = 0 if low.bias is None else low.bias.to(y.dtype).unsqueeze(1)
         made = flat + low.scale * (change + shift)
     made = made.reshape(y.shape)
-    return put_back(made, entry.rows) if rows > 1 else made
+    return put_back(made, entry.rows).contiguous() if rows > 1 else made
 
 
 def numbers(tables: Iterable[Table], parts: Sequence[Sequence[Row]]) -> list[Tensor] | None:
