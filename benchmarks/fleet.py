@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import adapters
+from adapters._attach import tensors_of
 from benchmarks.twins import NAME, Setting, shake
 
 LORA8: dict[str, Any] = {"rank": 8, "alpha": 16.0}
@@ -36,11 +37,13 @@ def folders(setting: Setting, method: str, count: int) -> list[Path]:
     if len(made) < count:
         model = setting.base(torch.float32)
         adapters.attach(model, method, name=NAME, **OPTIONS[method])
-        for i in range(count):
+        fresh = {key: tensor.detach().clone() for key, tensor in tensors_of(model, NAME).items()}
+        for i in range(len(made), count):
+            for key, tensor in tensors_of(model, NAME).items():
+                tensor.data.copy_(fresh[key])
             shake(model, seed=i)
-            if i >= len(made):
-                made.append(setting.folder(f"fleet-{method}-{i}"))
-                adapters.save(model, NAME, made[i])
+            made.append(setting.folder(f"fleet-{method}-{i}"))
+            adapters.save(model, NAME, made[i])
     return made
 
 
