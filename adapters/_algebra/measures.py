@@ -56,7 +56,7 @@ def cosine(sites: Sequence[SiteDiff]) -> float:
     """Of the angle between both changes, all sites taken as one vector."""
     across = root(sites, "size_a") * root(sites, "size_b")
     known = [site.cosine * site.size_a * site.size_b for site in sites if not math.isnan(site.cosine)]
-    return sum(known) / across if known and across else NOTHING
+    return sum(known) / across if known else NOTHING
 
 
 def mean(sites: Sequence[SiteDiff], field: str) -> float:
