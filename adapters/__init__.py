@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from adapters._errors import AdapterError, DamagedAdapter, WrongBase
     from adapters._hub import load_base
     from adapters._merge import Certificate, merge
+    from adapters._pool import Pool, PoolStatus
     from adapters._quantize import QuantizeReport, quantize
     from adapters._selection import Average, Parallel, Split, Stack
     from adapters._sites import SiteMap, explain, sites
@@ -72,6 +73,7 @@ _WHERE = {
     "_errors": "AdapterError DamagedAdapter WrongBase",
     "_hub": "load_base",
     "_merge": "Certificate merge",
+    "_pool": "Pool PoolStatus",
     "_quantize": "QuantizeReport quantize",
     "_selection": "Average Parallel Split Stack",
     "_sites": "SiteMap explain sites",
@@ -100,6 +102,8 @@ __all__ = [
     "LoadReport",
     "Method",
     "Parallel",
+    "Pool",
+    "PoolStatus",
     "QuantizeReport",
     "ResizeReport",
     "Rows",

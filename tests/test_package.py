@@ -64,7 +64,7 @@ def test_every_method_states_its_formula_and_source() -> None:
 
 def test_an_unknown_method_or_field_is_answered_with_the_nearest() -> None:
     with pytest.raises(
-        adapters.AdapterError, match=r"did you mean 'bottleneck'\? Methods here: bottleneck, dora, ia3, loha, lora"
+        adapters.AdapterError, match=r"did you mean 'bottleneck'\? Methods here: bottleneck, dora, fuse"
     ):
         adapters.methods.get("bottlneck")
     import tiny

@@ -6,6 +6,7 @@ from adapters._attach import (
     products,  # the shortcuts of factored weights
 )
 from adapters._attach.choose import SelectionReport
+from adapters._attach.compiled import use_tables
 from adapters._attach.heads import bare_copy
 from adapters._attach.install import base_parameters, install, remove, replace, set_trainable, tensors_of
 from adapters._attach.labels import labels_of, set_labels
@@ -46,5 +47,6 @@ __all__ = [
     "state_of",
     "tensors_of",
     "unwrapped",
+    "use_tables",
     "using",
 ]

@@ -7,7 +7,7 @@ own bytes, and gives them back when the last who holds it is gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
@@ -61,6 +61,8 @@ class Row:
     def __init__(self, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
         self.layout = layout
         self.number: int | None = None  # in the layout's table, if it has one
+        self.keeper: Any = None  # the pool that may take its memory away for a while
+        self.away = False
         self._views: dict[str, dict[str, Tensor]] = {}
         given: list[Tensor | None] = [None] * len(layout.blocks)
         if layout.table is not None:
@@ -77,6 +79,8 @@ class Row:
             return {name: self._view(place) for name, place in self.layout.places[path].items()}
         found = self._views.get(path)
         if found is None:
+            if self.away:
+                self.keeper.bring(self)
             places = self.layout.places[path]
             found = {name: self._view(place) for name, place in places.items()}
             self._views[path] = found
@@ -94,14 +98,48 @@ class Row:
     def nbytes(self) -> int:
         return sum(block.nbytes for block in self.blocks)
 
+    def enter(self, table: Any) -> None:
+        """Moves into a free slot of a table."""
+        self.number, memory = table.take(self)
+        with torch.no_grad():
+            self.blocks = [place.copy_(block) for place, block in zip(memory, self.blocks, strict=True)]
+        self._views = {}
+
+    def park(self) -> list[Tensor]:
+        """Gives the memory back, and the blocks in RAM; whoever is reading keeps what it has."""
+        blocks, self.blocks, self._views, self.away = self.blocks, [], {}, True
+        if self.number is None:
+            return [block.cpu() for block in blocks]
+        copies = [block.to("cpu", copy=True) for block in blocks]
+        self.layout.table.give(self.number)
+        return copies
+
+    def unpark(self, blocks: list[Tensor]) -> None:
+        """The inverse of `park`."""
+        if self.number is None:
+            devices = [device for device, _ in self.layout.blocks]
+            self.blocks = [block.to(device) for block, device in zip(blocks, devices, strict=True)]
+        else:
+            self.number, memory = self.layout.table.take(self)
+            with torch.no_grad():
+                self.blocks = [place.copy_(block) for place, block in zip(memory, blocks, strict=True)]
+        self.away = False
+
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """What `nn.Module.to` and its like do to parameters."""
-        with torch.no_grad():
-            self.blocks = [change(block).detach() for block in self.blocks]
+        if self.away:
+            self.keeper.bring(self)
+        if self.number is not None:
+            self.blocks = [block[self.number] for block in self.layout.table.blocks]
+        else:
+            with torch.no_grad():
+                self.blocks = [change(block).detach() for block in self.blocks]
         self._views = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_views": {}}  # a copy makes its own
+        if self.away:
+            self.keeper.bring(self)
+        return {**self.__dict__, "_views": {}, "keeper": None}  # a copy makes its own, and is in no pool
 
 
 def key_of(method: Method, sites: tuple[Site, ...], tensors: Mapping[str, Tensor]) -> Key:
@@ -114,11 +152,15 @@ class Bank(nn.Module):
 
     is_adapter_container = True
 
-    def __init__(self, rows: Callable[[], Iterable[Row]]) -> None:
+    def __init__(self, state: Any) -> None:
         super().__init__()
-        self.rows = rows
+        self.state = state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        for row in self.rows():
+        rows: list[Row] = self.state.rows()
+        for table in {id(row.layout.table): row.layout.table for row in rows if row.number is not None}.values():
+            table.apply(fn)
+        for row in rows:
             row.apply(fn)
+        self.state.layouts.clear()  # the next adapter of a kind may be on another device, or of another dtype
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters._attach.acting import Chain, Node
 from adapters._attach.bank import Layout, Row
+from adapters._attach.entries import entries_of
 from adapters._attach.per_row import PerRow
 from adapters._attach.state import Acting, Adapter, State
 from adapters._attach.table import Table, numbers
+from adapters._errors import AdapterError
 
 
 def point(state: State, acting: Acting) -> None:
@@ -20,13 +23,13 @@ def point(state: State, acting: Acting) -> None:
     if not state.slots:
         return
     tables = tables_of(state)
-    if acting.numbers is None or acting.numbers[0] != tables:
+    if acting.numbers is None or acting.numbers[0] != (tables, state.moves):
         parts = _rows(acting)
         found = None if parts is None or not tables else numbers(tables, parts)
         if not acting:  # the one selection that every model shares
             _choose(state, tables, found)
             return
-        acting.numbers = (tables, found)
+        acting.numbers = ((tables, state.moves), found)
     _choose(state, tables, acting.numbers[1])
 
 
@@ -71,3 +74,26 @@ def _of(node: Node) -> list[Row] | None:
     rows = [row for some in each for row in some or ()]
     streams = [row for row in rows if row.layout.key[1][0].kind == "stream"]
     return rows if len(streams) < 2 else None  # whose order the tables do not know
+
+
+def use_tables(model: nn.Module, state: State, slots: int) -> None:
+    """Puts the rows of every layout into tables of so many slots, those that are there included.
+
+    Raises:
+        AdapterError: more adapters of one kind are attached than there would be slots.
+    """
+    if state.slots == slots:
+        return
+    if state.slots:
+        raise AdapterError(f"this model's tables have {state.slots} slots already, and {slots} were asked for.")
+    kinds = Counter(id(row.layout) for row in state.rows())
+    if kinds and max(kinds.values()) > slots:
+        raise AdapterError(f"{max(kinds.values())} adapters of one kind are attached, more than the {slots} slots.")
+    state.slots = slots
+    for row in state.rows():
+        layout = row.layout
+        if layout.table is None and tabled(layout, entries_of(model, layout.slot)):
+            layout.table = Table(layout, slots)
+        if layout.table is not None:
+            row.enter(layout.table)
+    point(state, state.active)

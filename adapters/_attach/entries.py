@@ -241,6 +241,8 @@ def adapter_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     Parameters of its entries, or views of its row.
     """
     found: dict[str, Tensor] = {}
+    if adapter.row is not None and adapter.row.away:
+        raise AdapterError(f"{adapter.name!r} is in its pool, not in memory: activate it, or pin it, first.")
     for site in adapter.sites:
         held = adapter.row.at(site.path) if adapter.row is not None else entry_of(model, adapter, site).own()
         found.update({f"{site.path}:{key}": p for key, p in held.items()})
@@ -275,3 +277,10 @@ def drop_slot(model: nn.Module, slot: str) -> None:
             continue
         for key in [key for key in held._modules if key == slot or key.startswith(f"{slot}-")]:
             del held._modules[key]
+
+
+def entries_of(model: nn.Module, slot: str) -> list[object]:
+    """Every entry of one slot."""
+    held = [module._modules.get(CHILD) for module in model.modules()]
+    entries = [container._modules.get(slot) for container in held if isinstance(container, Container)]
+    return [entry for entry in entries if entry is not None]

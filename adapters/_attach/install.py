@@ -127,6 +127,8 @@ def replace(
         show(model, state, before, selected)
         release(model, state, new, before.values())
         raise
+    if old.row is not None and new.row is not None and old.row.keeper is not None:
+        old.row.keeper.follow(old.row, new.row)
     if old.row is None:
         # whoever is still running the old version holds a reference to it; its tensors go when the last one ends
         weakref.finalize(old, _drop_slot, weakref.ref(model), old.slot).atexit = False

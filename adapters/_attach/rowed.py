@@ -67,7 +67,7 @@ def release(model: nn.Module, state: State, adapter: Adapter, others: Iterable[A
 def _bank(model: nn.Module, state: State) -> Bank:
     held = model._modules.get(CHILD)
     found = held._modules.get(BANK) if isinstance(held, Container) else None
-    return found if isinstance(found, Bank) else Bank(state.rows)
+    return found if isinstance(found, Bank) else Bank(state)
 
 
 def _traits(adapter: Adapter, made: Iterable[Made]) -> object:

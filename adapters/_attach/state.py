@@ -84,6 +84,8 @@ class State:
     layouts: weakref.WeakValueDictionary[Key, Layout] = field(default_factory=weakref.WeakValueDictionary)
     resolved: dict[Chosen, Acting] = field(default_factory=dict)  # selections used lately, while the adapters are these
     slots: int = 0  # of each layout's table; 0: rows are by themselves
+    moves: int = 0  # of rows in their tables, by a pool
+    pool: Any = None  # which may keep rows elsewhere while they do not act
     tables: tuple[Any, ...] | None = None  # from which compiled code reads what acts; None: it looks at the selection
     stacked: weakref.ref[Any] | None = None  # the selection by row whose adapters' tensors were stacked last
     compiled: Acting | None = None  # what `using` chose, for compiled code, which cannot follow context variables
@@ -103,7 +105,8 @@ class State:
         return [adapter.row for adapter in self.adapters.values() if adapter.row is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layouts": {}, "resolved": {}, "stacked": None}  # found again, and made anew
+        fresh: dict[str, Any] = {"layouts": {}, "resolved": {}, "stacked": None, "pool": None}
+        return {**self.__dict__, **fresh}  # found again, and made anew
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         """A copied or unpickled model needs from the process what the original had."""
@@ -184,12 +187,16 @@ class choosing(holding):
     def __enter__(self) -> Any:
         self.before, self.state.compiled = self.state.compiled, self.chosen
         self.point(self.state, self.chosen)
+        if self.state.pool is not None:
+            self.state.pool.hold(self.chosen, 1)
         return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.state.compiled = self.before
+        if self.state.pool is not None:
+            self.state.pool.hold(self.chosen, -1)
         self.point(self.state, self.state.active if self.before is None else self.before)
         super().__exit__(kind, error, trace)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -36,6 +36,7 @@ class Table:
             for block, (device, dtype) in enumerate(layout.blocks)
         ]
         self.free = deque(range(1, slots + SPARE))  # the one that was freed first is taken first
+        self.taken: dict[int, weakref.finalize[[int], Row]] = {}
         self.lock = threading.Lock()
         self.chosen = torch.zeros(1, dtype=torch.long, device=layout.blocks[0][0])
 
@@ -49,8 +50,24 @@ class Table:
             if not self.free:
                 raise AdapterError(f"all {self.slots} slots are in use: detach an adapter, or make a pool with more.")
             number = self.free.popleft()
-        weakref.finalize(row, self.free.append, number).atexit = False
+        self.taken[number] = weakref.finalize(row, self._freed, number)
+        self.taken[number].atexit = False
         return number, [block[number] for block in self.blocks]
+
+    def give(self, number: int) -> None:
+        """Frees a number whose row goes elsewhere."""
+        self.taken.pop(number).detach()
+        self.free.append(number)
+
+    def _freed(self, number: int) -> None:
+        self.taken.pop(number, None)
+        self.free.append(number)
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """What `nn.Module.to` and its like do to parameters."""
+        with torch.no_grad():
+            self.blocks = [change(block).detach() for block in self.blocks]
+        self.chosen = self.chosen.to(self.blocks[0].device)
 
     def at(self, path: str) -> dict[str, Tensor]:
         """The tensors of the chosen rows at a site: (chosen, ...) each."""

@@ -163,6 +163,8 @@ def activate(model: nn.Module, selection: Selection) -> SelectionReport:
     """
     state = state_of(model) or State()
     chosen = resolve(state, selection)
+    if state.pool is not None:
+        state.pool.admit(chosen)
     state.active = chosen
     point(state, chosen)
     show_labels(unwrapped(model), state, chosen)
@@ -179,6 +181,8 @@ def using(model: nn.Module, selection: Selection) -> choosing:
     """
     state = state_of(model) or State()
     chosen = resolve(state, selection)
+    if state.pool is not None:
+        state.pool.admit(chosen)
     return choosing(state, chosen, point, report_of(chosen))
 
 

@@ -81,6 +81,9 @@ def swap(
     notes = notes_on(model, bundle)
     tensors = _given(bundle, source, attached[name].trainable)
     replace(model, name, bundle.method, bundle.sites, tensors, banked=True, **_kept(bundle))
+    state = state_of(model)
+    if state is not None and state.pool is not None:
+        state.pool.came_from(name, bundle.folder)
     return report(bundle, name, base, notes)
 
 

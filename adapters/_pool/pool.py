@@ -1,0 +1,285 @@
+"""Adapters of which only those that are used take memory: the least recently used give way, to RAM and to disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from adapters._attach import adapters_of, detach, state_of, unwrapped, use_tables
+from adapters._attach.bank import Row, key_of
+from adapters._attach.state import Acting, Adapter, State
+from adapters._errors import AdapterError, nearest
+from adapters._pool.entry import Entry
+from adapters._pool.status import PoolEntry, PoolStatus
+from adapters._store import LoadReport, commit, load, read
+from adapters._store.bundle import RECORD
+
+
+class Pool:
+    """Holds adapters of one model within budgets, under names that `activate`, `using` and mixed batches take.
+
+    An adapter whose turn it is comes into memory, beside the model's weights, and the least recently used that neither
+    act nor are pinned leave it: into RAM while its budget lasts, else they are left in their folders, from which they
+    are read again, checked, when they are wanted. Adapters with a head or tokens of their own are not pooled.
+
+    Args:
+        model: the model that the adapters are for.
+        memory: the budget beside the model's weights, in bytes; None for no limit.
+        ram: the budget for those that had to leave, in bytes; None for no limit where the model is on an accelerator,
+            and for none where the model itself is in RAM.
+        slots: for torch.compile: how many adapters of one kind (method, rank, sites) can be in memory. They are then in
+            tables of this size, from which compiled code picks by number, so that no choice, exchange or mixture of
+            them compiles anew.
+
+    Example:
+        >>> import adapters, tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        ...     num_attention_heads=4, num_key_value_heads=2, vocab_size=160))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = adapters.attach(model, "lora", name="fr", rank=4)
+        ...     _ = adapters.save(model, "fr", folder)
+        ...     adapters.detach(model, "fr")
+        ...     pool = adapters.Pool(model, memory=10_000_000)
+        ...     _ = pool.add(folder)
+        >>> print(pool.status())
+        memory: 29,696 bytes of 10,000,000
+        ram: 0 bytes of 0
+          fr         29,696 bytes  memory
+    """
+
+    def __init__(
+        self, model: nn.Module, memory: int | None = None, ram: int | None = None, slots: int | None = None
+    ) -> None:
+        for name, value in (("memory", memory), ("ram", ram), ("slots", slots)):
+            if value is not None and value < (1 if name == "slots" else 0):
+                raise AdapterError(f"{name} is {value}; a pool needs a positive number, or None.")
+        self._model = weakref.ref(unwrapped(model))
+        here = next((p.device.type for p in model.parameters()), "cpu")
+        self.memory, self.ram = memory, 0 if ram is None and here == "cpu" else ram
+        self.slots = slots
+        self._entries: dict[str, Entry] = {}
+        self._lock = threading.RLock()
+        self._clock = 0
+        self._join()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; it is not kept alive by its pool."""
+        found = self._model()
+        if found is None:
+            raise AdapterError("the model of this pool is gone.")
+        return found
+
+    def add(self, folder: str | os.PathLike[str], name: str | None = None, pin: bool = False) -> LoadReport:
+        """Adds a saved adapter, inactive, and checks it as `load` does.
+
+        Raises:
+            AdapterError: there is no room for it, it cannot be pooled, or as `load`.
+        """
+        with self._lock:
+            bundle, digest = read(folder, self.model), _digest(folder)
+            if bundle.head or bundle.tokens is not None:
+                raise AdapterError(f"{bundle.name!r} has a head or tokens of its own: use adapters.load for it.")
+            size = sum(tensor.nbytes for tensor in bundle.tensors.values())
+            self._make_room(size, keep=(), what=f"{name or bundle.name!r}")
+            found = load(self.model, bundle, name, activate=False)
+            row = self._join().adapters[found.name].row
+            assert row is not None, "an adapter without a head and tokens is loaded into a row"
+            row.keeper = self
+            self._entries[found.name] = Entry(found.name, weakref.ref(row), size, os.fspath(folder), digest, pin)
+            self._touch(self._entries[found.name])
+            return found
+
+    def pin(self, name: str) -> None:
+        """Brings an adapter into memory and keeps it there.
+
+        Raises:
+            AdapterError: it is not in the pool, or there is no room for it.
+        """
+        with self._lock:
+            entry = self._entry(name)
+            self.admit([self._join().adapters[name]])
+            entry.pinned = True
+
+    def unpin(self, name: str) -> None:
+        """Lets an adapter leave the memory again when others need it."""
+        with self._lock:
+            self._entry(name).pinned = False
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter out of the pool and off the model."""
+        with self._lock:
+            self._entry(name)
+            detach(self.model, name)
+            del self._entries[name]
+
+    def status(self) -> PoolStatus:
+        """What the pool holds, and where."""
+        with self._lock:
+            entries = sorted(self._known(), key=lambda entry: -entry.used)
+            shown = tuple(PoolEntry(e.name, e.nbytes, e.where, e.pinned) for e in entries)
+            return PoolStatus(shown, self.memory, self.ram)
+
+    # -- asked by the engine
+
+    def admit(self, adapters: Iterable[Adapter]) -> None:
+        """Brings what is about to act into memory.
+
+        Raises:
+            AdapterError: it does not fit, together with what is pinned or acts; nothing has moved.
+        """
+        rows = {id(adapter.row) for adapter in adapters if adapter.row is not None}
+        with self._lock:
+            wanted = [entry for entry in self._known() if id(entry.row()) in rows]
+            missing = [entry for entry in wanted if entry.where != "memory"]
+            names = ", ".join(repr(entry.name) for entry in wanted)
+            if missing:
+                self._make_room(sum(entry.nbytes for entry in missing), keep=wanted, what=names)
+            for entry in missing:
+                self._bring(entry)
+            for entry in wanted:
+                self._touch(entry)
+
+    def hold(self, acting: Acting, by: int) -> None:
+        """Counts who acts inside a `using`: they stay in memory."""
+        with self._lock:
+            rows = {id(adapter.row) for adapter in acting}
+            for entry in self._known():
+                entry.held += by if id(entry.row()) in rows else 0
+
+    def bring(self, row: Row) -> None:
+        """For a forward that was under way when its row left the memory: whatever the budget."""
+        with self._lock:
+            entry = next((entry for entry in self._known() if entry.row() is row), None)
+            if entry is None:
+                raise AdapterError("an adapter was taken out of its pool while it was in use.")
+            if entry.where != "memory":
+                self._bring(entry)
+
+    def follow(self, old: Row, new: Row) -> None:
+        """An adapter was exchanged: the pool goes on with the new version, which stays in memory."""
+        with self._lock:
+            for entry in self._entries.values():
+                if entry.row() is old:
+                    entry.row, entry.nbytes, entry.where = weakref.ref(new), new.nbytes(), "memory"
+                    entry.parked, entry.folder = None, ""
+                    new.keeper = self
+
+    def came_from(self, name: str, folder: str) -> None:
+        """Where the new version of an exchanged adapter can be read again."""
+        with self._lock:
+            if name in self._entries and folder:
+                self._entries[name].folder, self._entries[name].digest = folder, _digest(folder)
+
+    # -- inside
+
+    def _join(self) -> State:
+        """The model's State, which knows the pool; it is a new one whenever the model had no adapters."""
+        state = state_of(self.model)
+        if state is None:
+            return State()
+        state.pool = self
+        if self.slots is not None:
+            use_tables(self.model, state, self.slots)
+        return state
+
+    def _known(self) -> list[Entry]:
+        """The entries whose adapters are still attached."""
+        attached = adapters_of(self.model)
+        gone = [name for name, e in self._entries.items() if name not in attached or attached[name].row is not e.row()]
+        for name in gone:
+            del self._entries[name]
+        return list(self._entries.values())
+
+    def _entry(self, name: str) -> Entry:
+        self._known()
+        if name not in self._entries:
+            raise AdapterError(f"no adapter {name!r} in this pool{nearest(name, self._entries)}")
+        return self._entries[name]
+
+    def _touch(self, entry: Entry) -> None:
+        self._clock += 1
+        entry.used = self._clock
+
+    def _make_room(self, size: int, keep: Iterable[Entry], what: str) -> None:
+        """Moves the least recently used out until `size` bytes more fit.
+
+        Raises:
+            AdapterError: they cannot; nothing has moved.
+        """
+        if self.memory is None:
+            return
+        entries, kept = self._known(), set(map(id, keep))
+        state = state_of(self.model)
+        acting = {id(adapter.row) for adapter in state.active} if state is not None else set()
+        inside = [entry for entry in entries if entry.where == "memory"]
+        free = self.memory - sum(entry.nbytes for entry in inside)
+        going = []
+        for entry in sorted(inside, key=lambda entry: entry.used):
+            acts = entry.held or id(entry.row()) in acting
+            if acts or entry.pinned or id(entry) in kept or not self._can_leave(entry):
+                continue
+            if free >= size:
+                break
+            going.append(entry)
+            free += entry.nbytes
+        if free < size:
+            raise AdapterError(
+                f"{what} needs {size:,} bytes of memory more, and of the pool's budget of {self.memory:,} only "
+                f"{free:,} can be freed: the others act or are pinned."
+            )
+        for entry in going:
+            self._leave(entry)
+
+    def _can_leave(self, entry: Entry) -> bool:
+        return bool(entry.folder) or self.ram is None or entry.nbytes <= self.ram
+
+    def _leave(self, entry: Entry) -> None:
+        """Out of memory: into RAM if there is room, where others make it, else to disk."""
+        row = entry.row()
+        assert row is not None, "an attached adapter has its row"
+        parked = row.park()
+        if self.ram is not None:
+            others = sorted((e for e in self._known() if e.where == "ram" and e.folder), key=lambda e: e.used)
+            free = self.ram - sum(e.nbytes for e in self._known() if e.where == "ram")
+            while free < entry.nbytes and others and entry.nbytes <= self.ram:
+                oldest = others.pop(0)
+                oldest.where, oldest.parked = "disk", None
+                free += oldest.nbytes
+            if free < entry.nbytes and entry.folder:
+                entry.where, entry.parked = "disk", None
+                return
+        entry.where, entry.parked = "ram", parked
+
+    def _bring(self, entry: Entry) -> None:
+        row = entry.row()
+        assert row is not None, "an attached adapter has its row"
+        row.unpark(entry.parked if entry.parked is not None else self._reread(entry, row))
+        entry.where, entry.parked = "memory", None
+        state = state_of(self.model)
+        if state is not None and row.number is not None:
+            state.moves += 1
+
+    def _reread(self, entry: Entry, row: Row) -> list[Tensor]:
+        bundle = read(entry.folder, self.model)
+        same = row.layout.key == key_of(bundle.method, bundle.sites, bundle.tensors)
+        if not same or _digest(entry.folder) != entry.digest:
+            raise AdapterError(f"{entry.folder} has changed since {entry.name!r} was added to the pool: add it anew.")
+        with torch.no_grad():
+            return [torch.cat([bundle.tensors[key].reshape(-1) for key in keys]) for keys in row.layout.order]
+
+
+def _digest(folder: str | os.PathLike[str]) -> str:
+    """Of the record of an adapter's folder, which holds the digests of everything else; of PEFT's, of all files."""
+    from adapters._store.reading import resolve
+
+    with commit.reading(resolve(folder)) as view:
+        content = view[RECORD] if RECORD in view else b"".join(view[name] for name in sorted(view))
+    return hashlib.sha256(content).hexdigest()
