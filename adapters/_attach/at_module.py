@@ -66,7 +66,11 @@ def scaled_arguments(
     state: State, acting: Acting, held: Held, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call's arguments with the first scaled by the adapters that scale the inputs of its product."""
-    entries = {a: entry for a in acting if isinstance(entry := held.get(a.slot), ScaledInput)}
+    entries: dict[Adapter, ScaledInput] = {}
+    for adapter in acting:
+        entry = held.get(adapter.slot)
+        if isinstance(entry, ScaledInput):
+            entries[adapter] = entry
     if not entries:
         return args, kwargs
     node = acting.node if acting.node is not None else Chain(tuple(acting))
