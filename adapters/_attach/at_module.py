@@ -66,11 +66,11 @@ def scaled_arguments(
     state: State, acting: Acting, held: Held, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A call's arguments with the first scaled by the adapters that scale the inputs of its product."""
-    entries: dict[Adapter, ScaledInput] = {}
+    entries: dict[str, ScaledInput] = {}
     for adapter in acting:
         entry = held.get(adapter.slot)
         if isinstance(entry, ScaledInput):
-            entries[adapter] = entry
+            entries[adapter.slot] = entry
     if not entries:
         return args, kwargs
     node = acting.node if acting.node is not None else Chain(tuple(acting))
@@ -84,10 +84,10 @@ def scaled_arguments(
     return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
 
 
-def _scales(node: Node, entries: Mapping[Adapter, ScaledInput]) -> Tensor | None:
+def _scales(node: Node, entries: Mapping[str, ScaledInput]) -> Tensor | None:
     """(n_in): the product of a chain's, `1 + sum_i w_i (s_i - 1)` of a mean's; None for none."""
     if isinstance(node, Adapter):
-        entry = entries.get(node)
+        entry = entries.get(node.slot)
         found: Tensor | None = None if entry is None else entry(node.at(entry))
         return found
     total: Tensor | None = None
@@ -102,7 +102,7 @@ def _scales(node: Node, entries: Mapping[Adapter, ScaledInput]) -> Tensor | None
     return total
 
 
-def _scaled_rows(node: PerRow, entries: Mapping[Adapter, ScaledInput], here: Here, x: Tensor) -> Tensor:
+def _scaled_rows(node: PerRow, entries: Mapping[str, ScaledInput], here: Here, x: Tensor) -> Tensor:
     one = next(iter(entries.values()))
     if here.shape is None:
         raise AdapterError("a part of the model was called by itself, and the rows of the batch are not known there.")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adapters._attach.acting import Chain
 from adapters._attach.container import CHILD, Container, KeyValue
 from adapters._attach.prefixes import Prefixes, prefixes_of
-from adapters._attach.state import STATE, Adapter, State, after_copy, selection
+from adapters._attach.state import STATE, State, after_copy, selection
 from adapters._contract import KeyValueMethod
 from adapters._dispatch import Attention, unwrap_attention, wrap_attention, wrapping_attention
 from adapters._errors import AdapterError
@@ -84,11 +84,11 @@ def acting_prefix(module: nn.Module) -> Prefixes | None:
     if state is None or not isinstance(held, Container):
         return None
     acting = selection(state)
-    entries: dict[Adapter, KeyValue] = {}
+    entries: dict[str, KeyValue] = {}
     for adapter in acting:
         entry = held._modules.get(adapter.slot)
         if isinstance(entry, KeyValue):
-            entries[adapter] = entry
+            entries[adapter.slot] = entry
     if not entries:
         return None
     return prefixes_of(acting.node if acting.node is not None else Chain(tuple(acting)), entries)

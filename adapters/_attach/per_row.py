@@ -128,7 +128,9 @@ class PerRow:
 
     def __init__(self, parts: tuple[Node, ...]) -> None:
         self.parts = parts
-        self.adapters = tuple({id(each): each for part in set(parts) for each in adapters_in(part)}.values())
+        number = {part: i for i, part in enumerate(dict.fromkeys(parts))}
+        self.distinct, self.which = tuple(number), tuple(number[part] for part in parts)
+        self.adapters = tuple({id(each): each for part in number for each in adapters_in(part)}.values())
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:

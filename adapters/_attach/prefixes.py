@@ -46,7 +46,7 @@ class Prefixes:
         return x.repeat_interleave(times, 0)
 
 
-def prefixes_of(node: Node, entries: Mapping[Adapter, KeyValue]) -> Prefixes | None:
+def prefixes_of(node: Node, entries: Mapping[str, KeyValue]) -> Prefixes | None:
     """What stands before the keys under a node, for those adapters that have an entry here."""
     if isinstance(node, PerRow):
         return _by_row(node, entries)
@@ -54,10 +54,10 @@ def prefixes_of(node: Node, entries: Mapping[Adapter, KeyValue]) -> Prefixes | N
     return None if found is None else Prefixes(*found)
 
 
-def _of(node: Node, entries: Mapping[Adapter, KeyValue]) -> tuple[Tensor, Tensor] | None:
+def _of(node: Node, entries: Mapping[str, KeyValue]) -> tuple[Tensor, Tensor] | None:
     """[P_a; P_b] of a chain, sum_i w_i P_i of a mean."""
     if isinstance(node, Adapter):
-        entry = entries.get(node)
+        entry = entries.get(node.slot)
         held: tuple[Tensor, Tensor] | None = None if entry is None else entry(node.at(entry))
         return held
     if isinstance(node, Chain):
@@ -78,16 +78,18 @@ def _of(node: Node, entries: Mapping[Adapter, KeyValue]) -> tuple[Tensor, Tensor
     return None
 
 
-def _by_row(node: PerRow, entries: Mapping[Adapter, KeyValue]) -> Prefixes | None:
+def _by_row(node: PerRow, entries: Mapping[str, KeyValue]) -> Prefixes | None:
     """A prefix for each row, right-aligned to the longest; what stands before a shorter one is hidden."""
-    made = {part: _of(part, entries) for part in set(node.parts)}
-    held = [each for each in made.values() if each is not None]
+    made = [_of(part, entries) for part in node.distinct]
+    held = [each for each in made if each is not None]
     if not held:
         return None
     one = next(iter(entries.values()))
     longest = max(k.shape[-2] for k, _ in held)
-    lengths = [0 if (each := made[part]) is None else each[0].shape[-2] for part in node.parts]
-    keys, values = (torch.stack([_padded(made[part], i, longest, held[0][i]) for part in node.parts]) for i in (0, 1))
+    lengths = [0 if each is None else each[0].shape[-2] for each in made]
+    keys, values = (torch.stack([_padded(each, i, longest, held[0][i]) for each in made]) for i in (0, 1))
+    which = torch.tensor(node.which, device=keys.device)
+    keys, values, lengths = keys[which], values[which], [lengths[i] for i in node.which]
     if all(length == longest for length in lengths):
         return Prefixes(keys, values, None, one.rows)
     visible = torch.arange(longest)[None] >= longest - torch.tensor(lengths)[:, None]
