@@ -1,18 +1,8 @@
-"""Compositions in folders: the selection, or the fusion, on top, and each adapter that it is made of below.
-
-    adapter_parts.json                the selection and its parts, with the digest of each part's record
-    part-<digest of its tensors>/     an adapter's folder, as `save` writes it
-
-Parts are written first and never overwritten, so that the top, committed in one step, always finds those it names.
-"""
+"""Saves and loads compositions and fusions, each with the adapters that it is made of, and single adapters."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,20 +13,17 @@ from adapters._attach import activate as make_active
 from adapters._attach import adapters_of, compose, detach, state_of, tensors_of
 from adapters._contract import FusionMethod
 from adapters._errors import AdapterError, DamagedAdapter
-from adapters._selection import expanded, from_record, names_in, record_of
+from adapters._selection import expanded, from_record, names_in
 from adapters._store import commit
-from adapters._store.bundle import CARD, OWNED, PARTS, RECORD, WEIGHTS, Bundle, method_record
+from adapters._store.bundle import CARD, PARTS, RECORD, Bundle
 from adapters._store.card import composition_card, ours
 from adapters._store.loading import Force, Source
 from adapters._store.loading import load as load_adapter
+from adapters._store.parts import parts_record, put_part, put_top, record_in, sha
 from adapters._store.reading import open_folder, resolve
 from adapters._store.reports import LoadReport, SaveReport
 from adapters._store.saving import existing_card, prepared
 from adapters._store.saving import save as save_adapter
-
-FORMAT = 1
-FOLDER = re.compile(r"part-[0-9a-f]{16}")
-LARGEST = 1 << 20  # bytes
 
 
 def save(
@@ -75,10 +62,8 @@ def save(
     else:
         return save_adapter(model, name, folder, dtype, facts)
     written = {part: _save_part(model, part, folder, dtype) for part in parts}
-    record = {"format": FORMAT, "name": name, "selection": record_of(selection), "parts": written}
-    files = {**own, PARTS: _text({**record, "digest": _sha(_text(record))})}
-    commit.write(folder, files, set(OWNED) - (set() if CARD in files else {CARD}))
-    _sweep(os.fspath(folder), {part["folder"] for part in written.values()})
+    files = {**own, PARTS: parts_record(name, selection, written)}
+    put_top(folder, files, {part["folder"] for part in written.values()})
     tensors = [tensor for part in (*parts, *([name] if own.get(RECORD) else [])) for tensor in _tensors(model, part)]
     sizes = {key: len(content) for key, content in files.items()}
     sizes |= {part["folder"]: part["bytes"] for part in written.values()}
@@ -110,7 +95,7 @@ def load(
         DamagedAdapter: a file is missing, truncated or altered, or holds values that are not finite.
         AdapterError: the name is taken, or the folder holds something that this version cannot read.
     """
-    record = None if isinstance(source, Bundle) else _record(resolve(source))
+    record = None if isinstance(source, Bundle) else record_in(resolve(source))
     if record is None or isinstance(source, Bundle):
         return load_adapter(model, source, name, trainable, activate, force)
     place, added = resolve(source), []
@@ -160,24 +145,14 @@ def load(
 def _save_part(
     model: nn.Module, name: str, folder: str | os.PathLike[str], dtype: torch.dtype | str | None
 ) -> dict[str, Any]:
-    """Where a part is, written unless it is there already."""
     adapter = adapters_of(model)[name]
-    files, _ = prepared(model, name, folder, dtype, None)
-    content = _text([name, method_record(adapter.method), [site.path for site in adapter.sites]]) + files[WEIGHTS]
-    where = f"part-{_sha(content)[:16]}"
-    place = os.path.join(os.fspath(folder), where)
-    with contextlib.suppress(AdapterError):
-        open_folder(place, None)
-        with commit.reading(place) as view:
-            return {"folder": where, "record": _sha(view[RECORD]), "bytes": sum(map(view.size, view))}
-    commit.write(place, files, set(OWNED))
-    return {"folder": where, "record": _sha(files[RECORD]), "bytes": sum(map(len, files.values()))}
+    return put_part(folder, name, adapter.method, adapter.sites, prepared(model, name, folder, dtype, None)[0])
 
 
 def _part(place: str, name: str, entry: Mapping[str, Any], model: nn.Module) -> Bundle:
     where = os.path.join(place, str(entry["folder"]))
     with commit.reading(where) as view:
-        if RECORD not in view or _sha(view[RECORD]) != entry["record"]:
+        if RECORD not in view or sha(view[RECORD]) != entry["record"]:
             raise DamagedAdapter(f"{entry['folder']}, the part {name!r}, is not the adapter that was saved there.")
     return open_folder(where, model)
 
@@ -194,49 +169,5 @@ def _attached_alike(model: nn.Module, name: str, bundle: Bundle) -> bool:
     return True
 
 
-def _record(place: str) -> dict[str, Any] | None:
-    """What a folder's composition is made of, checked; None where it holds a single adapter."""
-    with commit.reading(place) as view:
-        if PARTS not in view:
-            return None
-        if view.size(PARTS) > LARGEST:
-            raise DamagedAdapter(f"{PARTS} has {view.size(PARTS):,} bytes, more than any composition needs.")
-        raw = view[PARTS]
-    try:
-        record = json.loads(raw.decode("ascii"))
-        known = set(record) == {"format", "name", "selection", "parts", "digest"}
-        digest = record.pop("digest") if known else ""
-        intact = known and _text({**record, "digest": digest}) == raw and _sha(_text(record)) == digest
-    except (ValueError, AttributeError, TypeError):
-        intact = False
-    if not intact:
-        raise DamagedAdapter(f"{PARTS} was altered after it was written: its digest does not match.")
-    if record["format"] != FORMAT:
-        raise DamagedAdapter(f"{PARTS} has the format {record['format']!r}; this version reads {FORMAT}.")
-    if not all(FOLDER.fullmatch(str(entry.get("folder"))) for entry in record["parts"].values()):
-        raise DamagedAdapter(f"{PARTS} names folders that are none of a composition's.")
-    return record  # type: ignore[no-any-return]
-
-
-def _sweep(folder: str, kept: set[str]) -> None:
-    """Removes parts of an earlier composition, if they hold nothing but an adapter's files."""
-    for where in os.listdir(folder):
-        place = os.path.join(folder, where)
-        if where in kept or not FOLDER.fullmatch(where) or os.path.islink(place) or not os.path.isdir(place):
-            continue
-        if set(os.listdir(place)) <= set(OWNED):
-            for file in os.listdir(place):
-                os.unlink(os.path.join(place, file))
-            os.rmdir(place)
-
-
 def _tensors(model: nn.Module, name: str) -> list[torch.Tensor]:
     return list(tensors_of(model, name).values())
-
-
-def _text(value: Any) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode("ascii")
-
-
-def _sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,96 @@
+"""The files of a composition: its record, and the folders of its parts.
+
+    adapter_parts.json                the selection and its parts, with the digest of each part's record
+    part-<digest of its tensors>/     an adapter's folder, as `save` writes it
+
+Parts are written first and never overwritten, so that the top, committed in one step, always finds those it names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from adapters._contract import Method, Site
+from adapters._errors import AdapterError, DamagedAdapter
+from adapters._selection import Part, record_of
+from adapters._store import commit
+from adapters._store.bundle import CARD, OWNED, PARTS, RECORD, WEIGHTS, method_record
+from adapters._store.reading import open_folder
+
+FORMAT = 1
+FOLDER = re.compile(r"part-[0-9a-f]{16}")
+LARGEST = 1 << 20  # bytes
+
+
+def parts_record(name: str, selection: Part, parts: Mapping[str, Any]) -> bytes:
+    """The text of `adapter_parts.json`; `selection` is None for a fusion, whose own tensors lie beside it."""
+    record = {"format": FORMAT, "name": name, "selection": record_of(selection), "parts": dict(parts)}
+    return _text({**record, "digest": sha(_text(record))})
+
+
+def put_part(
+    folder: str | os.PathLike[str], name: str, method: Method, sites: Iterable[Site], files: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """Where a part is, written unless it is there already."""
+    content = _text([name, method_record(method), [site.path for site in sites]]) + files[WEIGHTS]
+    where = f"part-{sha(content)[:16]}"
+    place = os.path.join(os.fspath(folder), where)
+    with contextlib.suppress(AdapterError):
+        open_folder(place, None)
+        with commit.reading(place) as view:
+            return {"folder": where, "record": sha(view[RECORD]), "bytes": sum(map(view.size, view))}
+    commit.write(place, files, set(OWNED))
+    return {"folder": where, "record": sha(files[RECORD]), "bytes": sum(map(len, files.values()))}
+
+
+def put_top(folder: str | os.PathLike[str], files: Mapping[str, bytes], kept: set[str]) -> None:
+    """Commits a composition whose parts are in the folders `kept`, and removes those of an earlier one."""
+    commit.write(folder, files, set(OWNED) - (set() if CARD in files else {CARD}))
+    root = os.fspath(folder)
+    for where in os.listdir(root):
+        place = os.path.join(root, where)
+        if where in kept or not FOLDER.fullmatch(where) or os.path.islink(place) or not os.path.isdir(place):
+            continue
+        if set(os.listdir(place)) <= set(OWNED):
+            for file in os.listdir(place):
+                os.unlink(os.path.join(place, file))
+            os.rmdir(place)
+
+
+def record_in(place: str) -> dict[str, Any] | None:
+    """What a folder's composition is made of, checked; None where it holds a single adapter."""
+    with commit.reading(place) as view:
+        if PARTS not in view:
+            return None
+        if view.size(PARTS) > LARGEST:
+            raise DamagedAdapter(f"{PARTS} has {view.size(PARTS):,} bytes, more than any composition needs.")
+        raw = view[PARTS]
+    try:
+        record = json.loads(raw.decode("ascii"))
+        known = set(record) == {"format", "name", "selection", "parts", "digest"}
+        digest = record.pop("digest") if known else ""
+        intact = known and _text({**record, "digest": digest}) == raw and sha(_text(record)) == digest
+    except (ValueError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise DamagedAdapter(f"{PARTS} was altered after it was written: its digest does not match.")
+    if record["format"] != FORMAT:
+        raise DamagedAdapter(f"{PARTS} has the format {record['format']!r}; this version reads {FORMAT}.")
+    if not all(FOLDER.fullmatch(str(entry.get("folder"))) for entry in record["parts"].values()):
+        raise DamagedAdapter(f"{PARTS} names folders that are none of a composition's.")
+    return record  # type: ignore[no-any-return]
+
+
+def sha(content: bytes) -> str:
+    """The SHA-256 of some bytes, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _text(value: Any) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode("ascii")
