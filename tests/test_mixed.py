@@ -561,22 +561,36 @@ def test_compiled_code_is_one_graph(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "bottleneck"])
-def test_compiled_code_serves_any_rows_without_compiling_anew(kind: str, counted: Any) -> None:
-    model = attached("llama", kind)
+def test_compiled_code_serves_any_rows_without_compiling_anew(kind: str, counted: Any, tmp_path: Path) -> None:
+    """Adapters in the tables of a pool are chosen for each row by number."""
+    model, twin = tiny.build("llama"), attached("llama", kind)
+    pool = adapters.Pool(model, slots=4)
+    for name in NAMES:
+        adapters.save(twin, name, tmp_path / name)
+        pool.add(tmp_path / name, name=name)
     batch = tiny.inputs("llama", rows=4)
     compiled = torch.compile(model, backend=counted)
     orders: list[Any] = [["a", "b", None, "c"], ["c", "a", "b", None], ["b", "b", "c", "a"], [None, "c", "a", "b"]]
-    for order in orders[:2]:
-        with adapters.using(model, order):
-            output(compiled, batch)
+    orders += [list(order) for order in itertools.islice(itertools.permutations(["a", "b", "c", None]), 5, 20)]
+    with adapters.using(model, orders[0]):
+        output(compiled, batch)
     once = counted.frame_count
-    for order in [*orders, *orders]:
+    assert once == 1
+    for order in orders:
         with adapters.using(model, order):
             mixed = output(compiled, batch)
-        assert relative(mixed, found(model, order, batch)) < CLOSE
-        adapters.activate(model, order)
-        assert relative(output(compiled, batch), mixed) < 1e-6
+        assert relative(mixed, found(twin, order, batch)) < CLOSE
+    adapters.activate(model, orders[3])
+    assert relative(output(compiled, batch), found(twin, orders[3], batch)) < CLOSE
     assert counted.frame_count == once
+    for name in ("a", "b", None, "c", "a"):  # one for all rows is other code, once
+        with adapters.using(model, name):
+            assert relative(output(compiled, batch), found(twin, name, batch)) < CLOSE
+    assert counted.frame_count <= once + 1
+    stack: Any = adapters.Stack("a", "b")  # also of what no table can tell
+    for selection in (stack, [stack, None, "c", "b"], adapters.Average("a", "b", weights=(0.3, 0.9))):
+        with adapters.using(model, selection):
+            assert relative(output(compiled, batch), found(twin, selection, batch)) < CLOSE
 
 
 def test_compiled_code_follows_every_selection(counted: Any) -> None:
