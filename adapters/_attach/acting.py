@@ -80,7 +80,7 @@ class Here:
     def _shape(self) -> Shape:
         if self.shape is None:
             raise AdapterError(
-                "a part of the model was called by itself, and the rows of the batch are not known there."
+                "a part of the model was called, or compiled, by itself: the rows of the batch are not known there."
             )
         return self.shape
 

@@ -105,7 +105,7 @@ def _scales(node: Node, entries: Mapping[str, ScaledInput]) -> Tensor | None:
 def _scaled_rows(node: PerRow, entries: Mapping[str, ScaledInput], here: Here, x: Tensor) -> Tensor:
     one = next(iter(entries.values()))
     if here.shape is None:
-        raise AdapterError("a part of the model was called by itself, and the rows of the batch are not known there.")
+        raise AdapterError("a part of the model was called, or compiled, by itself: the rows of the batch are not known there.")
     rows = by_row(x, one.rows, here.shape.rows, one.path)
     ones = torch.ones(x.shape[-1], device=x.device)
     each = torch.stack([ones if (s := _scales(part, entries)) is None else s for part in node.parts])

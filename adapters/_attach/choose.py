@@ -70,9 +70,11 @@ def _resolved(adapters: Mapping[str, Adapter], named: Mapping[str, Part], value:
         parts = tuple(map(meaning.node, value if isinstance(value, tuple) else value.parts))
         if not parts:
             raise AdapterError("an empty list selects nothing: a selection by row has one entry for each row.")
-        every = tuple({id(each): each for part in set(parts) for each in adapters_in(part)}.values())
-        whole: Any = PerRow(parts) if isinstance(value, tuple) else Repeated(parts)
-        return Acting.of(every, value, whole, check_rows(every, any(part is None for part in parts)))
+        if isinstance(value, tuple):
+            by_row = PerRow(parts)
+            return Acting.of(by_row.adapters, value, by_row, check_rows(by_row.adapters))
+        every = tuple(dict.fromkeys(each for part in parts for each in adapters_in(part)))
+        return Acting.of(every, value, Repeated(parts), check_rows(every))
     made = meaning.node(value)
     every = adapters_in(made)
     alone = len(set(every)) == len(every)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 
 from torch import Tensor, nn
@@ -18,8 +17,6 @@ from adapters._errors import AdapterError
 
 def point(state: State, acting: Acting) -> None:
     """Compiled code sees `acting` from now on: as numbers, if all that acts is in tables."""
-    if "torch._dynamo" in sys.modules and isinstance(acting.node, PerRow):
-        acting.node.ready()
     if not state.slots:
         return
     tables = tables_of(state)

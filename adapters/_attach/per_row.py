@@ -8,7 +8,6 @@ rows are gathered, changed and put back in their order.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from adapters._attach.acting import Here, Node, act
 from adapters._attach.batched import Many, add_many, many_of
 from adapters._attach.state import Adapter
-from adapters._contract import Factors
 
 SEPARATELY = 2  # up to so many adapters of one layout, products by adapter are as fast as a batched one
 
@@ -59,15 +57,15 @@ class Index:
 class Bucket(Group):
     """Adapters of one layout, each on `count` rows, where one that has fewer repeats its first and drops the result."""
 
-    def __init__(self, rows_of: Mapping[Adapter, list[int]]) -> None:
-        self.adapters = tuple(rows_of)
-        self.count = max(map(len, rows_of.values()))
-        padded = [[*rows, *rows[:1] * (self.count - len(rows))] for rows in rows_of.values()]
-        super().__init__(self.adapters[0], [row for rows in rows_of.values() for row in rows])
-        self.padded = Index([row for rows in padded for row in rows])
-        kept = [i * self.count + k for i, rows in enumerate(rows_of.values()) for k in range(len(rows))]
-        self.kept = None if len(kept) == len(self.adapters) * self.count else Index(kept)
-        self.in_order = self.padded.rows.tolist() == list(range(len(kept)))
+    def __init__(self, adapters: tuple[Adapter, ...], rows_of: list[list[int]]) -> None:
+        self.adapters = adapters
+        self.count = max([len(rows) for rows in rows_of])
+        padded = [row for rows in rows_of for row in [*rows, *rows[:1] * (self.count - len(rows))]]
+        super().__init__(adapters[0], [row for rows in rows_of for row in rows])
+        self.padded = Index(padded)
+        kept = [i * self.count + k for i, rows in enumerate(rows_of) for k in range(len(rows))]
+        self.kept = None if len(kept) == len(padded) else Index(kept)
+        self.in_order = padded == list(range(len(kept)))
         self.stacked: dict[tuple[nn.Module, torch.dtype], Many | Mapping[str, Tensor] | None] = {}
         self.versions: tuple[Any, ...] = ()
 
@@ -104,15 +102,15 @@ class Bucket(Group):
             self.stacked[key] = self._stack(entry, dtype) if entry.stackable else None
         return self.stacked[key]
 
-    @torch.no_grad()
     def _stack(self, entry: Any, dtype: torch.dtype) -> Many | Mapping[str, Tensor] | None:
         each = [adapter.at(entry) for adapter in self.adapters]
-        low: list[Factors | None] = [entry.factors(p) for p in each]
-        if all(one is not None for one in low):
-            return many_of([one for one in low if one is not None], dtype)
-        if low[0] is not None or entry.needs_factors:
-            return None
-        return {name: torch.stack([p[name] for p in each]).to(dtype) for name in each[0]}
+        low = [one for one in [entry.factors(p) for p in each] if one is not None]
+        with torch.no_grad():
+            if len(low) == len(each):
+                return many_of(low, dtype)
+            if low or entry.needs_factors:
+                return None
+            return {name: torch.stack([p[name] for p in each]).to(dtype) for name in each[0]}
 
     def _by_adapter(self, here: Here, y: Tensor) -> Tensor:
         pieces = []
@@ -130,35 +128,40 @@ class PerRow:
         self.parts = parts
         number = {part: i for i, part in enumerate(dict.fromkeys(parts))}
         self.distinct, self.which = tuple(number), tuple(number[part] for part in parts)
-        self.adapters = tuple({id(each): each for part in number for each in adapters_in(part)}.values())
+        self.in_order = list(range(len(parts)))
+        self._groups: tuple[Group, ...] | None = None
+        self._inverse: Index | None = None
+        self._repeated: dict[int, PerRow] = {}
+        self.adapters = tuple(dict.fromkeys(each for part in number for each in adapters_in(part)))
 
-    @cached_property
+    @property
     def groups(self) -> tuple[Group, ...]:
-        rows_of: dict[Node, list[int]] = {}
-        for row, part in enumerate(self.parts):
-            rows_of.setdefault(part, []).append(row)
-        return _grouped(rows_of)
-
-    @cached_property
-    def back(self) -> Index | None:
-        """Where each row is among those of the groups; None where they are in order."""
-        order = [row for group in self.groups for row in group.rows]
-        return None if order == sorted(order) else Index(sorted(range(len(order)), key=order.__getitem__))
+        if torch.compiler.is_compiling():  # which may not fill in what it looks at
+            return grouped(self.distinct, self.which)
+        if self._groups is None:
+            self._groups = grouped(self.distinct, self.which)
+        return self._groups
 
     def act(self, here: Here, y: Tensor) -> Tensor:
         entry = here.first(self.adapters)
         return y if entry is None else here.by_row(y, entry.rows, self._act, entry.path)
 
     def _act(self, here: Here, y: Tensor) -> Tensor:
-        if len(self.groups) == 1:
-            made = self.groups[0].act(here, y, whole=True)
-            return made if self.back is None or not isinstance(self.groups[0], Bucket) else self.back.pick(made)
-        made = torch.cat([group.act(here, y, whole=False) for group in self.groups])
-        return made if self.back is None else self.back.pick(made)
+        groups = self.groups
+        order = [row for group in groups for row in group.rows]
+        made = [group.act(here, y, whole=len(groups) == 1) for group in groups]
+        whole = made[0] if len(made) == 1 else torch.cat(made)
+        if order == self.in_order or (len(groups) == 1 and not isinstance(groups[0], Bucket)):
+            return whole
+        return self._back(order).pick(whole)
 
-    def ready(self) -> None:
-        """Finds the groups now: compiled code cannot, when it first meets them."""
-        _ = self.groups, self.back
+    def _back(self, order: list[int]) -> Index:
+        """Where each row is among those of the groups."""
+        if torch.compiler.is_compiling():
+            return inverse(order)
+        if self._inverse is None:
+            self._inverse = inverse(order)
+        return self._inverse
 
     def refresh(self) -> None:
         """Called before a forward: what was stacked from tensors that have changed since is forgotten."""
@@ -176,10 +179,6 @@ class PerRow:
             self._repeated[times] = PerRow(tuple(part for part in self.parts for _ in range(times)))
         return self._repeated[times]
 
-    @cached_property
-    def _repeated(self) -> dict[int, PerRow]:
-        return {}
-
 
 def adapters_in(node: Node) -> tuple[Adapter, ...]:
     """Every adapter under a node."""
@@ -192,18 +191,40 @@ def adapters_in(node: Node) -> tuple[Adapter, ...]:
     return below if own is None else (own, *below)
 
 
-def _grouped(rows_of: Mapping[Node, list[int]]) -> tuple[Group, ...]:
-    layouts: dict[str, dict[Adapter, list[int]]] = {}
-    for node, rows in rows_of.items():
+def inverse(order: list[int]) -> Index:
+    """Where 0, 1, 2 ... are in an order."""
+    found = [0] * len(order)
+    for place, row in enumerate(order):
+        found[row] = place
+    return Index(found)
+
+
+def grouped(nodes: tuple[Node, ...], which: tuple[int, ...]) -> tuple[Group, ...]:
+    """The groups of rows of which row i has the node `which[i]`."""
+    rows_of: list[list[int]] = [[] for _ in nodes]
+    for row, number in enumerate(which):
+        rows_of[number].append(row)
+    layouts: dict[str, list[int]] = {}
+    for number, node in enumerate(nodes):
         if isinstance(node, Adapter) and node.row is not None:
-            layouts.setdefault(node.slot, {})[node] = rows
-    buckets = []
+            layouts.setdefault(node.slot, []).append(number)
+    groups: list[Group] = []
+    taken: list[int] = []
     for members in layouts.values():
-        # padding must not double the work: who has many rows is computed by itself
-        while members and len(members) * max(map(len, members.values())) > 2 * sum(map(len, members.values())):
-            del members[max(members, key=lambda adapter: len(members[adapter]))]
-        if len(members) > SEPARATELY:
-            buckets.append(Bucket(members))
-    taken = {adapter for bucket in buckets for adapter in bucket.adapters}
-    alone = [Group(node, rows) for node, rows in rows_of.items() if node not in taken]
-    return (*buckets, *alone)
+        some = _of_like_size(members, rows_of)
+        if len(some) > SEPARATELY:
+            adapters = tuple(node for node in [nodes[number] for number in some] if isinstance(node, Adapter))
+            groups.append(Bucket(adapters, [rows_of[number] for number in some]))
+            taken += some
+    return (*groups, *[Group(node, rows_of[number]) for number, node in enumerate(nodes) if number not in taken])
+
+
+def _of_like_size(members: list[int], rows_of: list[list[int]]) -> list[int]:
+    """Those that padding does not double the work of: who has many rows is computed by itself."""
+    some = list(members)
+    while some:
+        sizes = [len(rows_of[number]) for number in some]
+        if len(some) * max(sizes) <= 2 * sum(sizes):
+            break
+        some.pop(sizes.index(max(sizes)))
+    return some

@@ -49,7 +49,7 @@ def check_average(mean: Mean) -> None:
                     f"{a.name!r} scales the inputs at {min(crossed)} where {b.name!r} changes the weight."
                 )
     _check_prefixes(mean)
-    _check_heads(every, base=False)
+    _check_heads(every)
 
 
 def _check_prefixes(mean: Mean) -> None:
@@ -82,13 +82,13 @@ def check_split(parts: Sequence[Node]) -> None:
                 raise AdapterError(f"{adapter.name!r} cannot act on a part of the tokens: {adapter.traits.unsplit}.")
 
 
-def check_rows(adapters: Sequence[Adapter], base: bool) -> str:
+def check_rows(adapters: Sequence[Adapter]) -> str:
     """Why rows must run by selection, or nothing; refuses heads of which each has other outputs."""
-    _check_heads(adapters, base)
+    _check_heads(adapters)
     return next((f"{each.name!r}: {each.traits.unfollowed}" for each in adapters if each.traits.unfollowed), "")
 
 
-def _check_heads(adapters: Sequence[Adapter], base: bool) -> None:
+def _check_heads(adapters: Sequence[Adapter]) -> None:
     outputs = {len(each.labels): each.name for each in adapters if each.head and each.labels}
     if len(outputs) > 1:
         counts = ", ".join(f"{name!r} {count}" for count, name in outputs.items())
