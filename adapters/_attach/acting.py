@@ -34,6 +34,7 @@ class AtSite(Protocol):
 
 
 Before: TypeAlias = tuple[tuple[AtSite, Mapping[str, Tensor]], ...]  # what has acted at a place, with its tensors
+UNKNOWN_ROWS = "a part of the model was called, or compiled, by itself: the rows of the batch are not known there."
 Pick: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -79,9 +80,7 @@ class Here:
 
     def _shape(self) -> Shape:
         if self.shape is None:
-            raise AdapterError(
-                "a part of the model was called, or compiled, by itself: the rows of the batch are not known there."
-            )
+            raise AdapterError(UNKNOWN_ROWS)
         return self.shape
 
     def picking(self, pick: Pick) -> Here:

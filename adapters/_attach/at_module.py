@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters._attach.acting import Before, Chain, Here, Mean, Node, Shape
+from adapters._attach.acting import UNKNOWN_ROWS, Before, Chain, Here, Mean, Node, Shape
 from adapters._attach.aligned import by_row, put_back
 from adapters._attach.called import CalledWeight, ReadWeight, ScaledInput
 from adapters._attach.container import Replica, put
@@ -105,7 +105,7 @@ def _scales(node: Node, entries: Mapping[str, ScaledInput]) -> Tensor | None:
 def _scaled_rows(node: PerRow, entries: Mapping[str, ScaledInput], here: Here, x: Tensor) -> Tensor:
     one = next(iter(entries.values()))
     if here.shape is None:
-        raise AdapterError("a part of the model was called, or compiled, by itself: the rows of the batch are not known there.")
+        raise AdapterError(UNKNOWN_ROWS)
     rows = by_row(x, one.rows, here.shape.rows, one.path)
     ones = torch.ones(x.shape[-1], device=x.device)
     each = torch.stack([ones if (s := _scales(part, entries)) is None else s for part in node.parts])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,48 +99,50 @@ def load(
     record = None if isinstance(source, Bundle) else record_in(resolve(source))
     if record is None or isinstance(source, Bundle):
         return load_adapter(model, source, name, trainable, activate, force)
-    place, added = resolve(source), []
-    before = state_of(model)
-    acting = before.active.value if before is not None else None
+    state, added = state_of(model), list[str]()
+    acting = state.active.value if state is not None else None
     try:
-        reports = []
-        for part, entry in record["parts"].items():
-            bundle = _part(place, part, entry, model)
-            if not _attached_alike(model, part, bundle):
-                trains = trainable and record["selection"] is not None
-                reports.append(load_adapter(model, bundle, part, trains, activate=False, force=force))
-                added.append(part)
-        chosen = name if name is not None else record["name"]
-        selection = from_record(record["selection"])
+        parts = _load_parts(model, resolve(source), record, trainable, force, added)
+        chosen, selection = name if name is not None else record["name"], from_record(record["selection"])
         if selection is None:
             top = load_adapter(model, source, chosen, trainable, activate, force)
-            added.append(chosen)
         else:
             compose(model, chosen, selection)
-            added.append(chosen)
-            base = reports[0].base if reports else "its parts were attached already"
-            top = LoadReport(place, chosen, repr(selection), 0, 0, 0, base)
-            if activate:
-                make_active(model, chosen)
+            base = parts[0].base if parts else "its parts were attached already"
+            top = LoadReport(resolve(source), chosen, repr(selection), 0, 0, 0, base)
+        added.append(chosen)
+        if activate:
+            make_active(model, chosen)
     except BaseException:
         for each in reversed(added):
             detach(model, each)
         if adapters_of(model):
             make_active(model, acting)
         raise
-    count = [sum(getattr(each, key) for each in reports) for key in ("sites", "tensors", "parameters")]
-    kept = tuple(note for each in reports for note in each.notes)
-    made_of = f"made of {', '.join(map(repr, record['parts']))}"
-    return LoadReport(
-        place,
-        chosen,
-        top.method,
-        top.sites + count[0],
-        top.tensors + count[1],
-        top.parameters + count[2],
-        top.base,
-        (made_of, *top.notes, *kept),
-    )
+    return _summed(top, parts, record["parts"])
+
+
+def _load_parts(
+    model: nn.Module, place: str, record: Mapping[str, Any], trainable: bool, force: Force | None, added: list[str]
+) -> list[LoadReport]:
+    """Loads the parts that are not attached yet, inactive; their names go into `added`."""
+    reports = []
+    for part, entry in record["parts"].items():
+        bundle = _part(place, part, entry, model)
+        if not _attached_alike(model, part, bundle):
+            trains = trainable and record["selection"] is not None
+            reports.append(load_adapter(model, bundle, part, trains, activate=False, force=force))
+            added.append(part)
+    return reports
+
+
+def _summed(top: LoadReport, parts: Sequence[LoadReport], names: Iterable[str]) -> LoadReport:
+    """The report of a composition: its own, with what its parts add."""
+    count = {
+        key: getattr(top, key) + sum(getattr(part, key) for part in parts) for key in ("sites", "tensors", "parameters")
+    }
+    notes = (f"made of {', '.join(map(repr, names))}", *top.notes, *(note for part in parts for note in part.notes))
+    return replace(top, **count, notes=notes)
 
 
 def _save_part(
