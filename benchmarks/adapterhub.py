@@ -27,7 +27,7 @@ from adapters._hub.fetch import cache_folder, fetch
 from adapters._store.bundle import WEIGHTS
 from benchmarks.fleet import fleet, folders
 from benchmarks.measure import Pair, Row, Side, cpu_ms
-from benchmarks.twins import Setting, close
+from benchmarks.twins import Setting, bare, close
 
 HERE = Path(__file__).parent
 REQUIREMENTS, WORKER = HERE / "adapterhub-requirements.txt", HERE / "adapterhub_worker.py"
@@ -116,7 +116,7 @@ class Ours:
     """Our side of the same work."""
 
     def __init__(self, setting: Setting) -> None:
-        self.model, self.bare = fleet(setting, "bottleneck", setting.mixed).ours, setting.base(torch.float32).eval()
+        self.model, self.bare = fleet(setting, "bottleneck", setting.mixed).ours, bare(setting)
         self.chosen = _selections(setting.mixed)
         generator = torch.Generator().manual_seed(1)
         shape = (setting.mixed, setting.prompt)

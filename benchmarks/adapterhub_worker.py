@@ -27,7 +27,7 @@ def base(folder: str) -> Any:
     config = AutoConfig.from_pretrained(folder)
     newer = getattr(config, "rope_parameters", None) or {}  # where transformers 5 keeps what 4 reads from the top level
     config.rope_theta = newer.get("rope_theta", config.rope_theta)
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def adapted(folder: str, tensors: dict[str, torch.Tensor], count: int) -> Any:

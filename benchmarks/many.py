@@ -24,7 +24,7 @@ import adapters
 from adapters._attach import tensors_of
 from adapters._store.bundle import WEIGHTS
 from benchmarks.fleet import LORA8, fleet, folders, keep, load_ours, load_theirs
-from benchmarks.measure import Pair, Row, Side
+from benchmarks.measure import Pair, Row, Side, Unit
 from benchmarks.storing import total
 from benchmarks.twins import NAME, Setting, close, saved, twins
 
@@ -185,18 +185,25 @@ before = resident()
 for i in range(count):
     pool.add(folder, name=str(i))
 full = resident()
+token = torch.tensor([[1]])
+with torch.no_grad():
+    model(token)
+    for i in range(count):
+        with adapters.using(model, str(i)):
+            model(token)
+used = resident()
 for i in range(count):
     pool.remove(str(i))
-print((full - before) / (count * size), (resident() - before) / 2**20)
+print((full - before) / (count * size), (used - before) / (count * size), (resident() - before) / 2**20)
 """
 
 
 @lru_cache(maxsize=4)
-def _pool(scratch: Path, folder: Path, size: int, base: str) -> tuple[float, float]:
-    """Memory of `size` adapters per byte of their tensors, and what is left of it in MiB when they are removed."""
+def _pool(scratch: Path, folder: Path, size: int, base: str) -> list[float]:
+    """Memory of `size` adapters per byte of their tensors, before and after each is used, and MiB left without them."""
     command = [sys.executable, "-c", _PROGRAM.format(base=base), str(folder), str(size)]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return float(found[-2]), float(found[-1])
+    return [float(each) for each in found[-3:]]
 
 
 def _memory(setting: Setting, part: int) -> Pair:
@@ -215,6 +222,11 @@ def _beside_the_floor(how: str, most: int) -> Row:
     return Row(f"hot swap r8, {how} (asked: at most {most})", build, peer="read + copy", gated=False)
 
 
+def _pool_row(label: str, part: int, unit: Unit) -> Row:
+    build = partial(_memory, part=part)
+    return Row(f"pool of 500 r1: {label}", build, peer="", gated=False, units=(unit,), most_pairs=1)
+
+
 ROWS = [
     Row("load 50 adapters r8", _load, limit=0.04, most_pairs=1, warm=False),
     Row("the last ten of 50 loads beside the first ten", _growth, gated=False, units=("ratio",), most_pairs=1),
@@ -224,5 +236,13 @@ ROWS = [
     *map(_beside_peft, ("checked", "unchecked", "from memory")),
     *(_beside_the_floor(how, most) for how, most in {"checked": 3, "unchecked": 2, "from memory": 2}.items()),
     Row("pool of 500 r1: memory per byte", partial(_memory, part=0), "", False, units=("ratio",), most_pairs=1),
-    Row("pool of 500 r1: left when removed", partial(_memory, part=1), "", False, units=("MiB",), most_pairs=1),
+    Row(
+        "pool of 500 r1, each used: memory per byte",
+        partial(_memory, part=1),
+        "",
+        False,
+        units=("ratio",),
+        most_pairs=1,
+    ),
+    Row("pool of 500 r1: left when removed", partial(_memory, part=2), "", False, units=("MiB",), most_pairs=1),
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 import adapters
 from benchmarks.fleet import fleet
 from benchmarks.measure import Pair, Row, Side
-from benchmarks.twins import Setting, close
+from benchmarks.twins import Setting, bare, close
 
 Forward = Callable[..., Any]
 
@@ -75,7 +75,7 @@ def _mixed(setting: Setting, method: str, phase: str, peer: str) -> Pair:
     work = Work(setting, found.ours)
     require_separate_runs_agree(work, found.ours, names)
     ours = _ours(found.ours, names)
-    theirs = _theirs(found.theirs, names) if peer == "PEFT" else setting.base(torch.float32).eval()
+    theirs = _theirs(found.theirs, names) if peer == "PEFT" else bare(setting)
 
     def side(forward: Forward) -> Side:
         if phase == "prefill":
