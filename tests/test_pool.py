@@ -7,7 +7,9 @@ import gc
 import io
 import itertools
 import pickle
+import random
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -517,3 +519,68 @@ def test_many_threads_share_a_pool(folders: dict[str, list[Path]], wanted: dict[
     for thread in threads:
         thread.join()
     assert not wrong, wrong[:2]
+
+
+@pytest.mark.parametrize("slots", [None, 3])
+def test_threads_that_activate_share_a_pool(
+    slots: int | None, folders: dict[str, list[Path]], wanted: dict[Path, Tensor]
+) -> None:
+    """What acts when a forward starts may be pushed out before it ends: it is the whole of one adapter all the same."""
+    model = fresh()
+    adapters.load(model, folders["lora"][0], name="probe")
+    each = own(model, "probe")
+    adapters.detach(model, "probe")
+    pool = adapters.Pool(model, memory=3 * each, slots=slots)
+    for index in range(6):
+        pool.add(folders["lora"][index], name=f"n{index}")
+    possible = [wanted[folders["lora"][index]] for index in range(6)]
+    wrong: list[Any] = []
+
+    def run(thread: int) -> None:
+        drawn = random.Random(thread)
+        try:
+            for _ in range(100):
+                adapters.activate(model, f"n{drawn.randrange(6)}")
+                result = output(model, BATCH)
+                if not any(torch.equal(result, each) for each in possible):
+                    wrong.append(thread)
+        except BaseException as error:
+            wrong.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=run, args=(thread,)) for thread in range(4)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong, wrong[:2]
+
+
+@pytest.mark.parametrize("slots", [None, 4])
+def test_a_table_that_is_written_to_leaves_a_backward_alone(slots: int | None, folders: dict[str, list[Path]]) -> None:
+    """A gradient that flows through frozen adapters needs what they were, whatever became of others meanwhile."""
+    model = fresh()
+    pool = adapters.Pool(model, slots=slots)
+    for index in range(3):
+        pool.add(folders["lora"][index], name=f"n{index}")
+    adapters.attach(model, "lora", name="trains", rank=2)
+    shake(model, "trains")
+    for selection in (adapters.Stack("trains", "n0"), ["n0", "trains", "n1"], adapters.Stack("n0", "trains")):
+        expected: list[Tensor] = []
+        for meanwhile in (False, True):
+            model.zero_grad()
+            with adapters.using(model, selection):
+                loss = model(**BATCH).logits.square().mean()
+            if meanwhile:
+                adapters.swap(model, "n2", folders["lora"][3])
+                adapters.swap(model, "n0", folders["lora"][4])
+                adapters.swap(model, "n0", folders["lora"][0])
+            loss.backward()
+            grads = [tensor.grad.clone() for tensor in tensors_of(model, "trains").values() if tensor.grad is not None]
+            assert grads
+            expected = expected or grads
+            assert all(torch.equal(grad, other) for grad, other in zip(grads, expected, strict=True))
