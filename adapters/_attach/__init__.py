@@ -8,7 +8,15 @@ from adapters._attach import (
 from adapters._attach.choose import SelectionReport
 from adapters._attach.compiled import use_tables
 from adapters._attach.heads import bare_copy
-from adapters._attach.install import base_parameters, install, remove, replace, set_trainable, tensors_of
+from adapters._attach.install import (
+    base_parameters,
+    check_attachable,
+    install,
+    remove,
+    replace,
+    set_trainable,
+    tensors_of,
+)
 from adapters._attach.labels import labels_of, set_labels
 from adapters._attach.report import AttachReport
 from adapters._attach.state import Adapter, adapters_of, state_of, unwrapped
@@ -28,6 +36,7 @@ __all__ = [
     "bare_copy",
     "base_parameters",
     "base_weight",
+    "check_attachable",
     "compose",
     "detach",
     "divided",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adapters._attach.acting import UNKNOWN_ROWS, Before, Chain, Here, Mean, Node, Shape
 from adapters._attach.aligned import by_row, put_back
+from adapters._attach.batches import Repeated
 from adapters._attach.called import CalledWeight, ReadWeight, ScaledInput
 from adapters._attach.container import Replica, put
 from adapters._attach.factored import Factored
@@ -74,6 +75,8 @@ def scaled_arguments(
     if not entries:
         return args, kwargs
     node = acting.node if acting.node is not None else Chain(tuple(acting))
+    if isinstance(node, Repeated):
+        raise AdapterError(UNKNOWN_ROWS)
     name, x = (None, args[0]) if args else next(iter(kwargs.items()))
     if isinstance(node, PerRow):
         here = Here(held, args, kwargs, _shape(state, node))
@@ -116,6 +119,10 @@ def _scaled_rows(node: PerRow, entries: Mapping[str, ScaledInput], here: Here, x
 def read_under(acting: Acting, held: Held, parameter: str, stored: Stored, raw: Any) -> Stored:
     """What stands for a parameter that is read, under the acting adapters."""
     node = acting.node if acting.node is not None else Chain(tuple(acting))
+    if isinstance(node, PerRow | Repeated):
+        keys = [key for a in acting for key in (f"{a.slot}-{parameter}", rows_key(a.slot, parameter))]
+        if any(key in held for key in keys):
+            raise AdapterError(UNKNOWN_ROWS)
     return _read(node, held, parameter, stored, raw)
 
 

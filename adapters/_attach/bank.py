@@ -35,6 +35,7 @@ class Layout:
 
     traits: Any = None  # of every adapter of this layout
     table: Any = None  # where its rows are, if compiled code chooses among them
+    watched = False  # whether its modules go with it
 
     def __init__(self, slot: str, key: Key, devices: Mapping[str, torch.device]) -> None:
         self.slot, self.key = slot, key
@@ -53,6 +54,20 @@ class Layout:
             self.places.setdefault(path, {})[tensor] = Place(block, sizes[block], tuple(shape))
             self.order[block].append(name)
             sizes[block] += prod(shape)
+        self.sizes = sizes  # of each block, in elements
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one row."""
+        return sum(size * dtype.itemsize for size, (_, dtype) in zip(self.sizes, self.blocks, strict=True))
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Where, and as what, rows are from now on."""
+        made = [change(torch.empty(0, device=device, dtype=dtype)) for device, dtype in self.blocks]
+        self.blocks = [(one.device, one.dtype) for one in made]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "watched": False}
 
 
 class Row:
@@ -64,14 +79,19 @@ class Row:
         self.keeper: Any = None  # the pool that may take its memory away for a while
         self.away = False
         self._views: dict[str, dict[str, Tensor]] = {}
-        given: list[Tensor | None] = [None] * len(layout.blocks)
-        if layout.table is not None:
-            self.number, given = layout.table.take(self)
-        with torch.no_grad():
-            self.blocks = [
-                torch.cat([tensors[name].detach().to(device).reshape(-1) for name in names], out=out)
-                for (device, _), names, out in zip(layout.blocks, layout.order, given, strict=True)
-            ]
+        with torch.inference_mode(False), torch.no_grad():
+            self._fill([torch.cat([tensors[name].detach().reshape(-1) for name in names]) for names in layout.order])
+
+    def _fill(self, blocks: list[Tensor]) -> None:
+        """Takes these blocks for its own, on their devices, or writes them into a slot of the layout's table."""
+        with torch.inference_mode(False), torch.no_grad():
+            made = [block.to(*kind) for block, kind in zip(blocks, self.layout.blocks, strict=True)]
+            if self.layout.table is not None:
+                self.number, memory = self.layout.table.take(self)
+                for place, block in zip(memory, made, strict=True):
+                    place.data.copy_(block)  # by its data: other slots of the memory keep their version
+                made = memory
+        self.blocks, self._views, self.away = made, {}, False
 
     def at(self, path: str) -> dict[str, Tensor]:
         """The tensors at one site, by name: views of the row."""
@@ -95,18 +115,15 @@ class Row:
         """Changes whenever a tensor was written to, or moved."""
         return tuple(value for block in self.blocks for value in (id(block), block._version))
 
-    def nbytes(self) -> int:
-        return sum(block.nbytes for block in self.blocks)
-
-    def enter(self, table: Any) -> None:
-        """Moves into a free slot of a table."""
-        self.number, memory = table.take(self)
-        with torch.no_grad():
-            self.blocks = [place.copy_(block) for place, block in zip(memory, self.blocks, strict=True)]
-        self._views = {}
+    def enter(self) -> None:
+        """Moves into a free slot of the layout's new table."""
+        self._fill(self.blocks)
 
     def park(self) -> list[Tensor]:
-        """Gives the memory back, and the blocks in RAM; whoever is reading keeps what it has."""
+        """Gives the memory back, and the blocks in RAM.
+
+        Whoever is reading keeps what it has; of a table, until so many others have come that the slot is used again.
+        """
         blocks, self.blocks, self._views, self.away = self.blocks, [], {}, True
         if self.number is None:
             return [block.cpu() for block in blocks]
@@ -116,19 +133,12 @@ class Row:
 
     def unpark(self, blocks: list[Tensor]) -> None:
         """The inverse of `park`."""
-        if self.number is None:
-            devices = [device for device, _ in self.layout.blocks]
-            self.blocks = [block.to(device) for block, device in zip(blocks, devices, strict=True)]
-        else:
-            self.number, memory = self.layout.table.take(self)
-            with torch.no_grad():
-                self.blocks = [place.copy_(block) for place, block in zip(memory, blocks, strict=True)]
-        self.away = False
+        self._fill(blocks)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """What `nn.Module.to` and its like do to parameters."""
+        """What `nn.Module.to` and its like do to parameters, if it is not away; when it comes back, it follows."""
         if self.away:
-            self.keeper.bring(self)
+            return
         if self.number is not None:
             self.blocks = [block[self.number] for block in self.layout.table.blocks]
         else:
@@ -158,8 +168,10 @@ class Bank(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         rows: list[Row] = self.state.rows()
-        for table in {id(row.layout.table): row.layout.table for row in rows if row.number is not None}.values():
-            table.apply(fn)
+        for layout in {id(row.layout): row.layout for row in rows}.values():
+            layout.apply(fn)
+            if layout.table is not None:
+                layout.table.apply(fn)
         for row in rows:
             row.apply(fn)
         self.state.layouts.clear()  # the next adapter of a kind may be on another device, or of another dtype

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from adapters._attach.acting import Node, Shape, Spans
+from adapters._attach.acting import UNKNOWN_ROWS, Here, Node, Shape, Spans
 from adapters._attach.merging import joined, joined_sequences
 from adapters._attach.per_row import PerRow, adapters_in
-from adapters._attach.signature import shape_of
+from adapters._attach.signature import of_rows, shape_of
 from adapters._attach.state import SHAPE, Acting, Notes, State, holding
 from adapters._errors import AdapterError
 
@@ -28,6 +28,9 @@ class Repeated:
     def __init__(self, parts: tuple[Node, ...]) -> None:
         self.parts = parts
         self.per_row: dict[int, PerRow] = {}
+
+    def act(self, here: Here, y: Tensor) -> Tensor:
+        raise AdapterError(UNKNOWN_ROWS)
 
     def rows(self, count: int) -> PerRow:
         if count not in self.per_row:
@@ -82,12 +85,10 @@ def _unlike(rows: int, entries: int) -> str:
 
 def padding(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
     """The token with which a `generate` fills up sequences that ended early."""
-    for source in (
-        kwargs,
-        vars(kwargs.get("generation_config", object)),
-        vars(getattr(model, "generation_config", object)),
-    ):
-        for key in ("pad_token_id", "eos_token_id"):
+    given = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    sources: list[Mapping[str, Any]] = [kwargs, *(vars(config) for config in given if config is not None)]
+    for key in ("pad_token_id", "eos_token_id"):
+        for source in sources:
             found = source.get(key)
             found = found[0] if isinstance(found, list | tuple) and found else found
             if isinstance(found, int):
@@ -95,17 +96,19 @@ def padding(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
     return 0
 
 
-def by_selection(state: State, acting: Acting, names: tuple[str, ...], pad: int | None = None) -> Run | None:
+def by_selection(
+    state: State, acting: Acting, names: tuple[str, ...], pad: Callable[[], int] | None = None
+) -> Run | None:
     """How to run a batch that one call of the model cannot, or None: `run(call, args, kwargs)`.
 
     Args:
-        pad: for a `generate`, the token that fills up shorter sequences.
+        pad: for a `generate`: gives the token that fills up shorter sequences.
     """
     node = acting.node
     if isinstance(node, Repeated):
         return lambda call, args, kwargs: _repeated(state, acting, node, names, call, args, kwargs)
     if isinstance(node, PerRow) and acting.separately:
-        put_together = joined if pad is None else partial(joined_sequences, pad=pad)
+        put_together = joined if pad is None else partial(joined_sequences, pad=pad())
         return lambda call, args, kwargs: _separately(state, acting, node, names, put_together, call, args, kwargs)
     return None
 
@@ -114,7 +117,7 @@ def _repeated(
     state: State, acting: Acting, node: Repeated, names: tuple[str, ...], call: Run, args: Any, kwargs: Any
 ) -> Any:
     shape = _shape(names, args, kwargs)
-    args, kwargs = _of_rows(shape.rows, args, kwargs, lambda x: x.repeat(len(node.parts), *[1] * (x.dim() - 1)))
+    args, kwargs = of_rows(shape.rows, names, args, kwargs, lambda x: torch.cat([x] * len(node.parts)))
     whole = Acting.of(acting, acting.value, node.rows(shape.rows), acting.separately)
     with holding(state, whole):
         return call(*args, **kwargs)
@@ -144,7 +147,7 @@ def _separately(
     results = []
     for part, rows in rows_of.items():
         index = torch.tensor(rows)
-        some, more = _of_rows(shape.rows, args, kwargs, lambda x, index=index: x[index.to(x.device)])  # type: ignore[misc]
+        some, more = of_rows(shape.rows, names, args, kwargs, lambda x, index=index: x[index.to(x.device)])  # type: ignore[misc]
         with holding(state, acting_of(part, acting)):
             results.append(call(*some, **more))
     return put_together(results, list(rows_of.values()))
@@ -161,17 +164,6 @@ def _shape(names: tuple[str, ...], args: Any, kwargs: Any) -> Shape:
     if found is None:
         raise AdapterError("no tensor was given whose rows a selection could be divided over.")
     return found
-
-
-def _of_rows(
-    count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], change: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments with those changed that have a row of the batch each."""
-
-    def changed(value: Any) -> Any:
-        return change(value) if isinstance(value, Tensor) and value.dim() and value.shape[0] == count else value
-
-    return tuple(map(changed, args)), {key: changed(value) for key, value in kwargs.items()}
 
 
 def refuse_in_compiled_code(acting: Acting) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from adapters._attach.acting import Chain, Fused, Mean, Node, Spans
 from adapters._attach.batches import Repeated
 from adapters._attach.per_row import PerRow, adapters_in
-from adapters._attach.rules import check_average, check_rows, check_split, check_stack
+from adapters._attach.rules import check_average, check_fused, check_rows, check_split, check_stack
 from adapters._attach.state import NOBODY, Acting, Adapter, Chosen, State
 from adapters._contract import FusionMethod
 from adapters._errors import AdapterError
@@ -50,7 +50,8 @@ def resolve(state: State, selection: Selection) -> Acting:
     except TypeError as error:
         raise AdapterError(f"{selection!r} is no selection of adapters: {error}.") from error
     if found is None:
-        found = _resolved(state.adapters, state.named, value)
+        base = len(state.labels) if state.labels else None
+        found = _resolved(state.adapters, state.named, value, base)
         if len(cache) >= REMEMBERED:
             cache.clear()
         cache[value] = found
@@ -64,17 +65,23 @@ def report_of(acting: Acting) -> SelectionReport:
     return SelectionReport(value, tuple(adapter.name for adapter in acting), runs, acting.separately)
 
 
-def _resolved(adapters: Mapping[str, Adapter], named: Mapping[str, Part], value: Chosen) -> Acting:
-    meaning = _Meaning(adapters, named, {})
+def base_outputs(parts: tuple[Node, ...], base: int | None) -> int | None:
+    """How many labels the base's head has, if a row uses that."""
+    return base if any(not any(each.head for each in adapters_in(part)) for part in parts) else None
+
+
+def _resolved(adapters: Mapping[str, Adapter], named: Mapping[str, Part], value: Chosen, base: int | None) -> Acting:
+    """`base`: the number of labels of the base's own head, where adapters have heads."""
+    meaning = _Meaning(adapters, named, base, {})
     if isinstance(value, tuple | Parallel):
         parts = tuple(map(meaning.node, value if isinstance(value, tuple) else value.parts))
         if not parts:
             raise AdapterError("an empty list selects nothing: a selection by row has one entry for each row.")
         if isinstance(value, tuple):
             by_row = PerRow(parts)
-            return Acting.of(by_row.adapters, value, by_row, check_rows(by_row.adapters))
+            return Acting.of(by_row.adapters, value, by_row, check_rows(by_row.adapters, base_outputs(parts, base)))
         every = tuple(dict.fromkeys(each for part in parts for each in adapters_in(part)))
-        return Acting.of(every, value, Repeated(parts), check_rows(every))
+        return Acting.of(every, value, Repeated(parts), check_rows(every, base_outputs(parts, base)))
     made = meaning.node(value)
     every = adapters_in(made)
     alone = len(set(every)) == len(every)
@@ -88,6 +95,7 @@ class _Meaning:
 
     adapters: Mapping[str, Adapter]
     named: Mapping[str, Part]
+    base: int | None
     nodes: dict[Part, Node]
 
     def node(self, part: Part) -> Node:
@@ -105,7 +113,7 @@ class _Meaning:
         parts = tuple(map(self.node, part.parts))
         if isinstance(part, Stack):
             return _stacked(parts)
-        return _split(part, parts) if isinstance(part, Split) else _averaged(part, parts)
+        return _split(part, parts) if isinstance(part, Split) else _averaged(part, parts, self.base)
 
     def _attached(self, name: str) -> Node:
         if name not in self.adapters:
@@ -113,7 +121,9 @@ class _Meaning:
             raise AdapterError(f"no adapter {name!r} is attached; attached: {there}.")
         adapter = self.adapters[name]
         if isinstance(adapter.method, FusionMethod):
-            return Fused(adapter, tuple(map(self.node, adapter.method.parts)))
+            parts = tuple(map(self.node, adapter.method.parts))
+            check_fused(adapter, parts)
+            return Fused(adapter, parts)
         return adapter
 
 
@@ -129,12 +139,12 @@ def _split(part: Split, parts: tuple[Node, ...]) -> Node:
     return Spans(parts, (0, *part.at), tuple(each for one in parts for each in adapters_in(one)))
 
 
-def _averaged(part: Average, parts: tuple[Node, ...]) -> Node:
+def _averaged(part: Average, parts: tuple[Node, ...], base: int | None) -> Node:
     weighted = [(one, weight) for one, weight in zip(parts, part.weights, strict=True) if one is not None and weight]
     if not weighted:
         return None
     if len(weighted) == 1 and weighted[0][1] == 1.0:
         return weighted[0][0]
     mean = Mean(tuple(one for one, _ in weighted), tuple(weight for _, weight in weighted))
-    check_average(mean)
+    check_average(mean, base)
     return mean

@@ -55,7 +55,9 @@ def _rows(acting: Acting) -> list[list[Row]] | None:
     node = acting.node if acting.node is not None else Chain(tuple(acting))
     parts = node.parts if isinstance(node, PerRow) else (node,)
     found = [_of(part) for part in parts]
-    return None if any(each is None for each in found) or acting.separately else found  # type: ignore[return-value]
+    alone = isinstance(node, PerRow) and len(parts) == 1  # whose one number would be taken for that of all rows
+    lost = alone or acting.separately or any(each is None for each in found)
+    return None if lost else found  # type: ignore[return-value]
 
 
 def _of(node: Node) -> list[Row] | None:
@@ -91,6 +93,6 @@ def use_tables(model: nn.Module, state: State, slots: int) -> None:
         layout = row.layout
         if layout.table is None and tabled(layout, entries_of(model, layout.slot)):
             layout.table = Table(layout, slots)
-        if layout.table is not None:
-            row.enter(layout.table)
+        if layout.table is not None and row.number is None:
+            row.enter()
     point(state, state.active)

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters._attach.acting import Chain
+from adapters._attach.acting import UNKNOWN_ROWS, Chain
+from adapters._attach.batches import Repeated
 from adapters._attach.container import CHILD, Container, KeyValue
+from adapters._attach.per_row import PerRow
 from adapters._attach.prefixes import Prefixes, prefixes_of
-from adapters._attach.state import STATE, State, after_copy, selection
+from adapters._attach.state import SHAPE, STATE, State, after_copy, notes, selection
 from adapters._contract import KeyValueMethod
 from adapters._dispatch import Attention, unwrap_attention, wrap_attention, wrapping_attention
 from adapters._errors import AdapterError
@@ -91,6 +93,10 @@ def acting_prefix(module: nn.Module) -> Prefixes | None:
             entries[adapter.slot] = entry
     if not entries:
         return None
+    if isinstance(acting.node, PerRow | Repeated) and not torch.compiler.is_compiling():
+        shape = notes(state).get(SHAPE)
+        if shape is None or isinstance(acting.node, Repeated) or shape.rows != len(acting.node.parts):
+            raise AdapterError(UNKNOWN_ROWS)
     return prefixes_of(acting.node if acting.node is not None else Chain(tuple(acting)), entries)
 
 

@@ -16,7 +16,7 @@ from adapters._attach.compiled import point
 from adapters._attach.container import Container
 from adapters._attach.entries import adapter_tensors, drop_slot, place
 from adapters._attach.inputs import input_embeddings
-from adapters._attach.labels import show_labels
+from adapters._attach.labels import labels_of, show_labels
 from adapters._attach.names import check_unused, forget, names_used
 from adapters._attach.rowed import prepared, release
 from adapters._attach.state import ENTER, FACES, NOBODY, STATE, Adapter, State, state_of, unwrapped
@@ -63,15 +63,18 @@ def install(
     labels, fixed = labels if head else None, (method, tuple(sites), tuple(head))
     whole = Adapter(name, "", *fixed, trainable, dict(facts or {}), labels, tokens)
     adapter, made = prepared(model, state, whole, tensors, banked)
+    before = state.active.value
     try:
         if found is None:
             _enter(model, state)
         place(model, state, made, trainable)
         _inject(state, adapter)
         state.map = map or state.map
-        show(model, state, {**state.adapters, name: adapter}, name if activate else state.active.value)
+        show(model, state, {**state.adapters, name: adapter}, name if activate else before)
     except BaseException:  # an interrupt, whose moment nobody chooses
         _take_out(model, state, adapter)
+        if state.adapters:
+            show(model, state, state.adapters, before)
         raise
     return adapter
 
@@ -79,7 +82,11 @@ def install(
 def show(model: nn.Module, state: State, attached: Mapping[str, Adapter], active: Selection) -> None:
     """Makes these the attached adapters, and `active` what acts of them: nothing in here takes long."""
     state.adapters = attached
+    if state.labels is None and any(adapter.labels for adapter in attached.values()):
+        state.labels = labels_of(model)
     state.resolved = {}
+    for name in state.named:  # what is made of an exchanged adapter must still have a meaning
+        resolve(state, name)
     state.active = resolve(state, active)
     point(state, state.active)
     show_labels(model, state, state.active)
@@ -117,6 +124,8 @@ def replace(
     model = unwrapped(model)
     labels, fixed = labels if head else None, (method, tuple(sites), tuple(head))
     whole = Adapter(name, "", *fixed, old.trainable, dict(facts or {}), labels, tokens)
+    if old.row is not None and old.row.keeper is not None:
+        old.row.keeper.room_for(old.row, sum(tensor.nbytes for tensor in tensors.values()))
     new, made = prepared(model, state, whole, tensors, banked)
     before, selected = state.adapters, state.active.value
     try:

@@ -46,11 +46,15 @@ class Index:
     """Numbers of rows, on whatever device they are asked for."""
 
     def __init__(self, rows: list[int]) -> None:
-        self.rows = torch.tensor(rows)
+        if torch.compiler.is_compiling():
+            self.rows = torch.tensor(rows)
+        else:
+            with torch.inference_mode(False):  # it may be kept for a forward that is trained
+                self.rows = torch.tensor(rows)
 
     def pick(self, x: Tensor) -> Tensor:
         if x.device != self.rows.device:
-            self.rows = self.rows.to(x.device)
+            return x.index_select(0, self.rows.to(x.device))
         return x.index_select(0, self.rows)
 
 
@@ -95,12 +99,16 @@ class Bucket(Group):
 
     def _stacked(self, entry: Any, dtype: torch.dtype) -> Many | Mapping[str, Tensor] | None:
         """The tensors of all adapters at a place, with a leading dimension; None where its formula has no such form."""
+        if not entry.stackable:
+            return None
         if torch.compiler.is_compiling():
-            return self._stack(entry, dtype) if entry.stackable else None
+            return self._stack(entry, dtype)
         key = (entry, dtype)
-        if key not in self.stacked:
-            self.stacked[key] = self._stack(entry, dtype) if entry.stackable else None
-        return self.stacked[key]
+        found = self.stacked.get(key)
+        if found is None:  # another thread may forget what this one has just stacked
+            with torch.inference_mode(False):
+                found = self.stacked[key] = self._stack(entry, dtype)
+        return found
 
     def _stack(self, entry: Any, dtype: torch.dtype) -> Many | Mapping[str, Tensor] | None:
         each = [adapter.at(entry) for adapter in self.adapters]

@@ -31,6 +31,8 @@ def prepared(
         made = make_entries(model, adapter, tensors)
         return dataclasses.replace(adapter, traits=_traits(adapter, made)), made
     key = key_of(adapter.method, adapter.sites, tensors)
+    for each in [each for each in state.layouts.values() if not each.watched]:  # those of a copied model
+        _watch(model, each)
     layout = state.layouts.get(key)
     if layout is not None:
         return dataclasses.replace(adapter, slot=layout.slot, row=Row(layout, tensors), traits=layout.traits), []
@@ -44,8 +46,7 @@ def prepared(
     for change in made:
         if isinstance(change.entry, Entry):
             change.entry._parameters.clear()
-    # a swap may replace the last adapter of a kind while someone still runs it
-    weakref.finalize(layout, _drop_slot, weakref.ref(model), layout.slot).atexit = False
+    _watch(model, layout)
     state.layouts[key] = layout
     made.append(Made("", BANK, _bank(model, state), ""))
     return dataclasses.replace(adapter, row=row, traits=layout.traits), made
@@ -62,6 +63,12 @@ def release(model: nn.Module, state: State, adapter: Adapter, others: Iterable[A
         drop_slot(model, adapter.slot)
     if not rows:
         drop_slot(model, BANK)
+
+
+def _watch(model: nn.Module, layout: Layout) -> None:
+    """A swap may replace the last adapter of a kind while someone still runs it: its modules go with the layout."""
+    weakref.finalize(layout, _drop_slot, weakref.ref(model), layout.slot).atexit = False
+    layout.watched = True
 
 
 def _bank(model: nn.Module, state: State) -> Bank:

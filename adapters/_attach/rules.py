@@ -8,6 +8,7 @@ from itertools import combinations
 from adapters._attach.acting import Chain, Mean, Node
 from adapters._attach.per_row import adapters_in
 from adapters._attach.state import Adapter
+from adapters._contract import StreamMethod
 from adapters._errors import AdapterError
 
 _EXACT = 1e-6
@@ -34,7 +35,15 @@ def _check_order(first: Adapter, second: Adapter, simple: bool) -> None:
         )
 
 
-def check_average(mean: Mean) -> None:
+def check_fused(fusion: Adapter, parts: Sequence[Node]) -> None:
+    """Refuses parts that change no streams."""
+    for part in parts:
+        if not isinstance(part, Adapter) or not isinstance(part.method, StreamMethod):
+            what = part.name if isinstance(part, Adapter) else "a fusion or composition"
+            raise AdapterError(f"{what!r} is a part of the fusion {fusion.name!r}, and changes no streams by itself.")
+
+
+def check_average(mean: Mean, base: int | None) -> None:
     """Refuses what cannot be averaged: tokens, virtual tokens in layers, prefixes of unlike lengths, unlike heads."""
     every = [adapter for part in mean.parts for adapter in adapters_in(part)]
     for adapter in every:
@@ -48,17 +57,20 @@ def check_average(mean: Mean) -> None:
                 raise AdapterError(
                     f"{a.name!r} scales the inputs at {min(crossed)} where {b.name!r} changes the weight."
                 )
-    _check_prefixes(mean)
-    _check_heads(every)
+    _check_prefixes(mean, [adapter for adapter in every if adapter.traits.prefix])
+    _check_heads(every, base)
 
 
-def _check_prefixes(mean: Mean) -> None:
+def _check_prefixes(mean: Mean, prefixes: Sequence[Adapter]) -> None:
     lengths = [prefix_length(part) for part in mean.parts]
     held = [(length, weight) for length, weight in zip(lengths, mean.weights, strict=True) if length]
     if not held:
         return
     if len({length for length, _ in held}) > 1:
         raise AdapterError(f"prefixes of {', '.join(str(length) for length, _ in held)} tokens cannot be averaged.")
+    if len({frozenset(site.path for site in adapter.sites) for adapter in prefixes}) > 1:
+        names = ", ".join(repr(adapter.name) for adapter in prefixes)
+        raise AdapterError(f"the prefixes {names} stand in different attentions, and cannot be averaged.")
     if abs(sum(weight for _, weight in held) - 1) > _EXACT:
         total = sum(weight for _, weight in held)
         raise AdapterError(f"the weights of averaged prefixes sum to {total:g}, and must sum to 1.")
@@ -82,16 +94,22 @@ def check_split(parts: Sequence[Node]) -> None:
                 raise AdapterError(f"{adapter.name!r} cannot act on a part of the tokens: {adapter.traits.unsplit}.")
 
 
-def check_rows(adapters: Sequence[Adapter]) -> str:
-    """Why rows must run by selection, or nothing; refuses heads of which each has other outputs."""
-    _check_heads(adapters)
+def check_rows(adapters: Sequence[Adapter], base: int | None) -> str:
+    """Why rows must run by selection, or nothing; refuses heads of which each has other outputs.
+
+    Args:
+        base: the number of labels of the base's own head, if a row uses that.
+    """
+    _check_heads(adapters, base)
     return next((f"{each.name!r}: {each.traits.unfollowed}" for each in adapters if each.traits.unfollowed), "")
 
 
-def _check_heads(adapters: Sequence[Adapter]) -> None:
-    outputs = {len(each.labels): each.name for each in adapters if each.head and each.labels}
+def _check_heads(adapters: Sequence[Adapter], base: int | None) -> None:
+    outputs = {len(each.labels): repr(each.name) for each in adapters if each.head and each.labels}
+    if outputs and base is not None:
+        outputs.setdefault(base, "the base")
     if len(outputs) > 1:
-        counts = ", ".join(f"{name!r} {count}" for count, name in outputs.items())
+        counts = ", ".join(f"{name} {count}" for count, name in outputs.items())
         raise AdapterError(f"heads with other numbers of labels give no common output: {counts}.")
 
 

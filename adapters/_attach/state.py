@@ -112,6 +112,9 @@ class State:
         """A copied or unpickled model needs from the process what the original had."""
         self.__dict__.update(fields)
         self.layouts = weakref.WeakValueDictionary({row.layout.key: row.layout for row in self.rows()})
+        for row in self.rows():
+            if row.layout.table is not None:
+                row.layout.table.adopt(row)
         for restore in after_copy:
             restore(self)
 
@@ -178,25 +181,26 @@ class holding:
 class choosing(holding):
     """`holding` for callers: compiled code sees the choice too, in every thread, where `point` shows it."""
 
-    __slots__ = ("before", "point")
+    __slots__ = ("before", "held", "point")
 
     def __init__(self, state: State, chosen: Acting, point: Callable[[State, Acting], None], report: Any) -> None:
         super().__init__(state, chosen, report=report)
         self.point = point
+        self.held: tuple[Any, ...] = ()  # what a pool keeps in memory for it
 
     def __enter__(self) -> Any:
         self.before, self.state.compiled = self.state.compiled, self.chosen
         self.point(self.state, self.chosen)
         if self.state.pool is not None:
-            self.state.pool.hold(self.chosen, 1)
+            self.held = self.state.pool.hold(self.chosen)
         return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.state.compiled = self.before
-        if self.state.pool is not None:
-            self.state.pool.hold(self.chosen, -1)
+        for entry in self.held:
+            entry.held -= 1
         self.point(self.state, self.state.active if self.before is None else self.before)
         super().__exit__(kind, error, trace)
 

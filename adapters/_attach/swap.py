@@ -237,8 +237,10 @@ def _root_generate(inner: Callable[..., Any]) -> Callable[..., Any]:
         if state is None:
             return inner(self, *args, **kwargs)
         acting = selection(state)
-        if acting.node is not None and (whole := by_selection(state, acting, GENERATE, padding(self, kwargs))):
-            return whole(partial(generate, self), args, kwargs)
+        if acting.node is not None:
+            whole = by_selection(state, acting, GENERATE, lambda: padding(self, kwargs))
+            if whole is not None:
+                return whole(partial(generate, self), args, kwargs)
         with holding(state, acting, of_generate(acting, args, kwargs)):
             return inner(self, *args, **kwargs)
 

@@ -17,6 +17,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adapters._attach.aligned import by_row, put_back
@@ -31,10 +32,11 @@ class Table:
 
     def __init__(self, layout: Layout, slots: int) -> None:
         self.layout, self.slots = layout, slots
-        self.blocks = [
-            torch.zeros(slots + SPARE, sum(prod(p.shape) for p in _of(layout, block)), dtype=dtype, device=device)
-            for block, (device, dtype) in enumerate(layout.blocks)
-        ]
+        with torch.inference_mode(False):
+            self.blocks = [
+                torch.zeros(slots + SPARE, size, dtype=dtype, device=device)
+                for size, (device, dtype) in zip(layout.sizes, layout.blocks, strict=True)
+            ]
         self.free = deque(range(1, slots + SPARE))  # the one that was freed first is taken first
         self.taken: dict[int, weakref.finalize[[int], Row]] = {}
         self.lock = threading.Lock()
@@ -50,9 +52,29 @@ class Table:
             if not self.free:
                 raise AdapterError(f"all {self.slots} slots are in use: detach an adapter, or make a pool with more.")
             number = self.free.popleft()
+        self._watch(row, number)
+        return number, [block[number] for block in self.blocks]
+
+    @property
+    def room(self) -> int:
+        """How many more adapters there are slots for, beside the room for exchanging."""
+        return len(self.free) - (SPARE - 1)
+
+    def _watch(self, row: Row, number: int) -> None:
         self.taken[number] = weakref.finalize(row, self._freed, number)
         self.taken[number].atexit = False
-        return number, [block[number] for block in self.blocks]
+
+    def adopt(self, row: Row) -> None:
+        """Takes a copied row for its own, as the original table has the original."""
+        if row.number is not None and row.number not in self.taken:
+            self._watch(row, row.number)
+            row.blocks = [block[row.number] for block in self.blocks]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "lock": None, "taken": {}}  # which `adopt` fills
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update(fields, lock=threading.Lock())
 
     def give(self, number: int) -> None:
         """Frees a number whose row goes elsewhere."""
@@ -76,10 +98,6 @@ class Table:
     def _gathered(self, place: Place) -> Tensor:
         part = self.blocks[place.block].narrow(1, place.offset, prod(place.shape))
         return part.index_select(0, self.chosen.to(part.device)).view(-1, *place.shape)
-
-
-def _of(layout: Layout, block: int) -> list[Place]:
-    return [place for places in layout.places.values() for place in places.values() if place.block == block]
 
 
 def changed_by_table(tables: Sequence[Table], held: Mapping[str, Any], args: Any, kwargs: Any, y: Any) -> Any:
@@ -114,6 +132,8 @@ def _changed(table: Table, entry: Any, x: Tensor | None, y: Tensor) -> Tensor:
         made = entry(seen, flat, p, owned=False)
     else:
         assert seen is not None, "a weight is multiplied with something"
+        dropout = float(getattr(entry.method, "dropout", 0.0)) if entry.training else 0.0
+        seen = F.dropout(seen, dropout) if dropout else seen
         change = seen.to(y.dtype) @ low.right.to(y.dtype).mT @ low.left.to(y.dtype).mT
         shift = 0 if low.bias is None else low.bias.to(y.dtype).unsqueeze(1)
         made = flat + low.scale * (change + shift)

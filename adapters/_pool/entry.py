@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adapters._attach.bank import Row
+from adapters._attach.bank import Layout, Row
 from adapters._pool.status import Where
 
 
@@ -17,7 +17,6 @@ class Entry:
 
     name: str
     row: weakref.ref[Row]
-    nbytes: int
     folder: str
     digest: str
     pinned: bool = False
@@ -25,3 +24,13 @@ class Entry:
     parked: list[Tensor] | None = None  # its blocks, in RAM
     held: int = 0  # how many `using` blocks it acts in
     used: int = 0  # when it acted last, by the pool's clock
+
+    @property
+    def layout(self) -> Layout:
+        row = self.row()
+        assert row is not None, "an attached adapter has its row"
+        return row.layout
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes

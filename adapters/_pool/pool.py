@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from adapters._attach import adapters_of, detach, state_of, unwrapped, use_tables
+from adapters._attach import adapters_of, check_attachable, detach, state_of, unwrapped, use_tables
 from adapters._attach.bank import Row, key_of
 from adapters._attach.state import Acting, Adapter, State
 from adapters._errors import AdapterError, nearest
 from adapters._pool.entry import Entry
 from adapters._pool.status import PoolEntry, PoolStatus
-from adapters._store import LoadReport, commit, load, read
-from adapters._store.bundle import RECORD
+from adapters._store import LoadReport, load, read
+from adapters._store.basecheck import check_base
 
 
 class Pool:
@@ -84,16 +84,19 @@ class Pool:
             AdapterError: there is no room for it, it cannot be pooled, or as `load`.
         """
         with self._lock:
-            bundle, digest = read(folder, self.model), _digest(folder)
+            bundle = read(folder, self.model)
             if bundle.head or bundle.tokens is not None:
                 raise AdapterError(f"{bundle.name!r} has a head or tokens of its own: use adapters.load for it.")
+            check_attachable(self.model, name or bundle.name)
+            check_base(self.model, bundle, None)
             size = sum(tensor.nbytes for tensor in bundle.tensors.values())
-            self._make_room(size, keep=(), what=f"{name or bundle.name!r}")
+            layout = self._join().layouts.get(key_of(bundle.method, bundle.sites, bundle.tensors))
+            self._make_room(size, Counter({id(layout): 1}), keep=(), what=f"{name or bundle.name!r}")
             found = load(self.model, bundle, name, activate=False)
             row = self._join().adapters[found.name].row
             assert row is not None, "an adapter without a head and tokens is loaded into a row"
             row.keeper = self
-            self._entries[found.name] = Entry(found.name, weakref.ref(row), size, os.fspath(folder), digest, pin)
+            self._entries[found.name] = Entry(found.name, weakref.ref(row), bundle.folder, bundle.digest, pin)
             self._touch(self._entries[found.name])
             return found
 
@@ -141,18 +144,29 @@ class Pool:
             missing = [entry for entry in wanted if entry.where != "memory"]
             names = ", ".join(repr(entry.name) for entry in wanted)
             if missing:
-                self._make_room(sum(entry.nbytes for entry in missing), keep=wanted, what=names)
+                kinds = Counter(id(entry.layout) for entry in missing)
+                self._make_room(sum(entry.nbytes for entry in missing), kinds, keep=wanted, what=names)
             for entry in missing:
                 self._bring(entry)
             for entry in wanted:
                 self._touch(entry)
 
-    def hold(self, acting: Acting, by: int) -> None:
-        """Counts who acts inside a `using`: they stay in memory."""
+    def hold(self, acting: Acting) -> tuple[Entry, ...]:
+        """Counts who acts inside a `using`, and gives them back to be counted off: they stay in memory."""
         with self._lock:
             rows = {id(adapter.row) for adapter in acting}
-            for entry in self._known():
-                entry.held += by if id(entry.row()) in rows else 0
+            found = tuple(entry for entry in self._known() if id(entry.row()) in rows)
+            for entry in found:
+                entry.held += 1
+            return found
+
+    def room_for(self, old: Row, size: int) -> None:
+        """Before an adapter of this pool is exchanged for one of `size` bytes."""
+        with self._lock:
+            entry = next((entry for entry in self._known() if entry.row() is old), None)
+            if entry is not None:
+                here = entry.nbytes if entry.where == "memory" else 0
+                self._make_room(max(0, size - here), Counter(), keep=[entry], what=repr(entry.name))
 
     def bring(self, row: Row) -> None:
         """For a forward that was under way when its row left the memory: whatever the budget."""
@@ -168,15 +182,14 @@ class Pool:
         with self._lock:
             for entry in self._entries.values():
                 if entry.row() is old:
-                    entry.row, entry.nbytes, entry.where = weakref.ref(new), new.nbytes(), "memory"
-                    entry.parked, entry.folder = None, ""
+                    entry.row, entry.where, entry.parked, entry.folder = weakref.ref(new), "memory", None, ""
                     new.keeper = self
 
-    def came_from(self, name: str, folder: str) -> None:
-        """Where the new version of an exchanged adapter can be read again."""
+    def came_from(self, name: str, folder: str, digest: str) -> None:
+        """Where the new version of an exchanged adapter can be read again, "" for nowhere."""
         with self._lock:
-            if name in self._entries and folder:
-                self._entries[name].folder, self._entries[name].digest = folder, _digest(folder)
+            if name in self._entries:
+                self._entries[name].folder, self._entries[name].digest = folder, digest
 
     # -- inside
 
@@ -185,6 +198,8 @@ class Pool:
         state = state_of(self.model)
         if state is None:
             return State()
+        if state.pool is not None and state.pool is not self and state.pool.status().entries:
+            raise AdapterError("this model has a pool already, with adapters in it: add to that one.")
         state.pool = self
         if self.slots is not None:
             use_tables(self.model, state, self.slots)
@@ -193,7 +208,10 @@ class Pool:
     def _known(self) -> list[Entry]:
         """The entries whose adapters are still attached."""
         attached = adapters_of(self.model)
-        gone = [name for name, e in self._entries.items() if name not in attached or attached[name].row is not e.row()]
+        rows = {name: entry.row() for name, entry in self._entries.items()}
+        gone = [
+            name for name, row in rows.items() if row is None or name not in attached or attached[name].row is not row
+        ]
         for name in gone:
             del self._entries[name]
         return list(self._entries.values())
@@ -208,32 +226,34 @@ class Pool:
         self._clock += 1
         entry.used = self._clock
 
-    def _make_room(self, size: int, keep: Iterable[Entry], what: str) -> None:
-        """Moves the least recently used out until `size` bytes more fit.
+    def _make_room(self, size: int, kinds: Counter[int], keep: Iterable[Entry], what: str) -> None:
+        """Moves the least recently used out until `size` bytes more fit, and so many rows of each kind of layout.
 
         Raises:
             AdapterError: they cannot; nothing has moved.
         """
-        if self.memory is None:
-            return
-        entries, kept = self._known(), set(map(id, keep))
-        state = state_of(self.model)
+        state, kept = state_of(self.model), set(map(id, keep))
         acting = {id(adapter.row) for adapter in state.active} if state is not None else set()
-        inside = [entry for entry in entries if entry.where == "memory"]
-        free = self.memory - sum(entry.nbytes for entry in inside)
+        inside = sorted((entry for entry in self._known() if entry.where == "memory"), key=lambda entry: entry.used)
+        free = size if self.memory is None else self.memory - sum(entry.nbytes for entry in inside)
+        tables = {id(e.layout): e.layout.table for e in self._known() if e.layout.table is not None}
+        rooms = {kind: tables[kind].room - count for kind, count in kinds.items() if kind in tables}
         going = []
-        for entry in sorted(inside, key=lambda entry: entry.used):
+        for entry in inside:
+            kind = id(entry.layout)
             acts = entry.held or id(entry.row()) in acting
             if acts or entry.pinned or id(entry) in kept or not self._can_leave(entry):
                 continue
-            if free >= size:
-                break
-            going.append(entry)
-            free += entry.nbytes
-        if free < size:
+            if free < size or rooms.get(kind, 0) < 0:
+                going.append(entry)
+                free += entry.nbytes
+                rooms[kind] = rooms.get(kind, 0) + 1
+        if free < size or min(rooms.values(), default=0) < 0:
+            slots = "" if free < size else f" and one slot more of {self.slots}"
+            budget = "no limit" if self.memory is None else f"a budget of {self.memory:,}"
             raise AdapterError(
-                f"{what} needs {size:,} bytes of memory more, and of the pool's budget of {self.memory:,} only "
-                f"{free:,} can be freed: the others act or are pinned."
+                f"{what} needs {size:,} bytes of memory{slots}, and of the pool's, with {budget}, only {free:,} can be "
+                "freed: the others act or are pinned."
             )
         for entry in going:
             self._leave(entry)
@@ -270,16 +290,7 @@ class Pool:
     def _reread(self, entry: Entry, row: Row) -> list[Tensor]:
         bundle = read(entry.folder, self.model)
         same = row.layout.key == key_of(bundle.method, bundle.sites, bundle.tensors)
-        if not same or _digest(entry.folder) != entry.digest:
+        if not same or bundle.digest != entry.digest:
             raise AdapterError(f"{entry.folder} has changed since {entry.name!r} was added to the pool: add it anew.")
         with torch.no_grad():
             return [torch.cat([bundle.tensors[key].reshape(-1) for key in keys]) for keys in row.layout.order]
-
-
-def _digest(folder: str | os.PathLike[str]) -> str:
-    """Of the record of an adapter's folder, which holds the digests of everything else; of PEFT's, of all files."""
-    from adapters._store.reading import resolve
-
-    with commit.reading(resolve(folder)) as view:
-        content = view[RECORD] if RECORD in view else b"".join(view[name] for name in sorted(view))
-    return hashlib.sha256(content).hexdigest()

@@ -20,7 +20,7 @@ from adapters._store.bundle import CARD, PARTS, RECORD, Bundle
 from adapters._store.card import composition_card, ours
 from adapters._store.loading import Force, Source
 from adapters._store.loading import load as load_adapter
-from adapters._store.parts import parts_record, put_part, put_top, record_in, sha
+from adapters._store.parts import drop_parts, parts_record, put_part, put_top, record_in, sha
 from adapters._store.reading import open_folder, resolve
 from adapters._store.reports import LoadReport, SaveReport
 from adapters._store.saving import existing_card, prepared
@@ -61,7 +61,9 @@ def save(
         selection, parts = None, dict.fromkeys(adapter.method.parts)
         own, report = prepared(model, name, folder, dtype, facts)
     else:
-        return save_adapter(model, name, folder, dtype, facts)
+        report = save_adapter(model, name, folder, dtype, facts)
+        drop_parts(report.folder, kept=set())
+        return report
     written = {part: _save_part(model, part, folder, dtype) for part in parts}
     files = {**own, PARTS: parts_record(name, selection, written)}
     put_top(folder, files, {part["folder"] for part in written.values()})

@@ -83,7 +83,8 @@ def swap(
     replace(model, name, bundle.method, bundle.sites, tensors, banked=True, **_kept(bundle))
     state = state_of(model)
     if state is not None and state.pool is not None:
-        state.pool.came_from(name, bundle.folder)
+        unchanged = bundle.seen is None or bundle.seen == versions(bundle.tensors)
+        state.pool.came_from(name, bundle.folder if unchanged else "", bundle.digest)
     return report(bundle, name, base, notes)
 
 

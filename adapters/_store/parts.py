@@ -52,7 +52,11 @@ def put_part(
 def put_top(folder: str | os.PathLike[str], files: Mapping[str, bytes], kept: set[str]) -> None:
     """Commits a composition whose parts are in the folders `kept`, and removes those of an earlier one."""
     commit.write(folder, files, set(OWNED) - (set() if CARD in files else {CARD}))
-    root = os.fspath(folder)
+    drop_parts(os.fspath(folder), kept)
+
+
+def drop_parts(root: str, kept: set[str]) -> None:
+    """Removes the parts of an earlier composition, if they hold nothing but an adapter's files."""
     for where in os.listdir(root):
         place = os.path.join(root, where)
         if where in kept or not FOLDER.fullmatch(where) or os.path.islink(place) or not os.path.isdir(place):
@@ -76,14 +80,16 @@ def record_in(place: str) -> dict[str, Any] | None:
         known = set(record) == {"format", "name", "selection", "parts", "digest"}
         digest = record.pop("digest") if known else ""
         intact = known and _text({**record, "digest": digest}) == raw and sha(_text(record)) == digest
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise DamagedAdapter(f"{PARTS} was altered after it was written: its digest does not match.")
     if record["format"] != FORMAT:
         raise DamagedAdapter(f"{PARTS} has the format {record['format']!r}; this version reads {FORMAT}.")
-    if not all(FOLDER.fullmatch(str(entry.get("folder"))) for entry in record["parts"].values()):
-        raise DamagedAdapter(f"{PARTS} names folders that are none of a composition's.")
+    parts = record["parts"]
+    known = isinstance(parts, dict) and all(isinstance(entry, dict) for entry in parts.values())
+    if not known or not all(FOLDER.fullmatch(str(e.get("folder"))) and "record" in e for e in parts.values()):
+        raise DamagedAdapter(f"{PARTS} does not say which parts a composition has, and in which folders.")
     return record  # type: ignore[no-any-return]
 
 

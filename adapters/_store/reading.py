@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 from typing import Any
@@ -41,6 +42,8 @@ def open_folder(folder: str | os.PathLike[str], model: nn.Module | None, check: 
     """As `read`. `check=False` leaves out digests and the look for values that are not finite."""
     place = resolve(folder)
     with commit.reading(place) as view:
+        record = view[RECORD] if RECORD in view else b"".join(view[name] for name in sorted(view))
+        digest = hashlib.sha256(record).hexdigest()
         if RECORD in view:
             bundle = decode(view, check)
         elif CONFIG not in view:
@@ -51,7 +54,7 @@ def open_folder(folder: str | os.PathLike[str], model: nn.Module | None, check: 
             )
         else:
             bundle = _from_peft(model, place, view, check)
-    return dataclasses.replace(bundle, folder=place, seen=versions(bundle.tensors) if check else None)
+    return dataclasses.replace(bundle, folder=place, digest=digest, seen=versions(bundle.tensors) if check else None)
 
 
 def resolve(folder: str | os.PathLike[str]) -> str:
