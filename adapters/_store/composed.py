@@ -13,14 +13,13 @@ from torch import nn
 from adapters._attach import activate as make_active
 from adapters._attach import adapters_of, compose, detach, state_of, tensors_of
 from adapters._contract import FusionMethod
-from adapters._errors import AdapterError, DamagedAdapter
+from adapters._errors import AdapterError
 from adapters._selection import expanded, from_record, names_in
-from adapters._store import commit
 from adapters._store.bundle import CARD, PARTS, RECORD, Bundle
 from adapters._store.card import composition_card, ours
 from adapters._store.loading import Force, Source
 from adapters._store.loading import load as load_adapter
-from adapters._store.parts import drop_parts, parts_record, put_part, put_top, record_in, sha
+from adapters._store.parts import drop_parts, part_folder, parts_record, put_part, put_top, record_in
 from adapters._store.reading import open_folder, resolve
 from adapters._store.reports import LoadReport, SaveReport
 from adapters._store.saving import existing_card, prepared
@@ -155,11 +154,7 @@ def _save_part(
 
 
 def _part(place: str, name: str, entry: Mapping[str, Any], model: nn.Module) -> Bundle:
-    where = os.path.join(place, str(entry["folder"]))
-    with commit.reading(where) as view:
-        if RECORD not in view or sha(view[RECORD]) != entry["record"]:
-            raise DamagedAdapter(f"{entry['folder']}, the part {name!r}, is not the adapter that was saved there.")
-    return open_folder(where, model)
+    return open_folder(part_folder(place, name, entry), model)
 
 
 def _attached_alike(model: nn.Module, name: str, bundle: Bundle) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from typing import Any
 
 from adapters._errors import AdapterError
+from adapters._selection import from_record
 from adapters._store import commit
 from adapters._store.bundle import CONFIG, OWNED, RECORD, method_record
+from adapters._store.parts import part_folder, record_in
 from adapters._store.reading import peft_files, resolve
 from adapters._store.record import decode
 from adapters._store.reports import AdapterInfo
@@ -22,6 +25,9 @@ def inspect(folder: str | os.PathLike[str]) -> AdapterInfo:
         DamagedAdapter, AdapterError: as `load`.
     """
     place = resolve(folder)
+    composition = record_in(place)
+    if composition is not None and composition["selection"] is not None:
+        return _composition(place, composition)
     with commit.reading(place) as view:
         files = {name: view.size(name) for name in OWNED if name in view}
         if RECORD not in view:
@@ -45,6 +51,27 @@ def inspect(folder: str | os.PathLike[str]) -> AdapterInfo:
         facts={**bundle.facts, **({"tokens": str(bundle.tokens)} if bundle.tokens is not None else {})},
         training=bundle.training,
         created=bundle.created,
+    )
+
+
+def _composition(place: str, record: dict[str, Any]) -> AdapterInfo:
+    """What a composition is made of, every part looked at."""
+    found = {name: inspect(part_folder(place, name, entry)) for name, entry in record["parts"].items()}
+    with commit.reading(place) as view:
+        files = {name: view.size(name) for name in OWNED if name in view}
+    files |= {entry["folder"]: sum(found[name].files.values()) for name, entry in record["parts"].items()}
+    first = next(iter(found.values()), None)
+    return AdapterInfo(
+        folder=place,
+        name=record["name"],
+        method=repr(from_record(record["selection"])),
+        hyperparameters={name: part.method for name, part in found.items()},
+        roles=dict(sum((Counter(part.roles) for part in found.values()), Counter())),
+        head=(),
+        tensors=sum(part.tensors for part in found.values()),
+        parameters=sum(part.parameters for part in found.values()),
+        files=files,
+        base=first.base if first is not None else {},
     )
 
 

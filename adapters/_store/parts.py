@@ -49,6 +49,19 @@ def put_part(
     return {"folder": where, "record": sha(files[RECORD]), "bytes": sum(map(len, files.values()))}
 
 
+def part_folder(place: str, name: str, entry: Mapping[str, Any]) -> str:
+    """Where a part is, which is the one that was saved there.
+
+    Raises:
+        DamagedAdapter: it is another one.
+    """
+    where = os.path.join(place, str(entry["folder"]))
+    with commit.reading(where) as view:
+        if RECORD not in view or sha(view[RECORD]) != entry["record"]:
+            raise DamagedAdapter(f"{entry['folder']}, the part {name!r}, is not the adapter that was saved there.")
+    return where
+
+
 def put_top(folder: str | os.PathLike[str], files: Mapping[str, bytes], kept: set[str]) -> None:
     """Commits a composition whose parts are in the folders `kept`, and removes those of an earlier one."""
     commit.write(folder, files, set(OWNED) - (set() if CARD in files else {CARD}))

@@ -15,7 +15,7 @@ from adapters._errors import AdapterError, DamagedAdapter
 from adapters._interop.peft_read import parse_config, understand
 from adapters._sites import sites
 from adapters._store import commit
-from adapters._store.bundle import CONFIG, OWNED, RECORD, WEIGHTS, Bundle, require_finite, versions
+from adapters._store.bundle import CONFIG, OWNED, PARTS, RECORD, WEIGHTS, Bundle, require_finite, versions
 from adapters._store.record import decode
 from adapters._store.weights import parse
 
@@ -46,6 +46,8 @@ def open_folder(folder: str | os.PathLike[str], model: nn.Module | None, check: 
         digest = hashlib.sha256(record).hexdigest()
         if RECORD in view:
             bundle = decode(view, check)
+        elif PARTS in view:
+            raise AdapterError(f"{place} holds a composition of adapters: adapters.load brings it with its parts.")
         elif CONFIG not in view:
             raise AdapterError(f"{place} holds no adapter: neither {RECORD} nor {CONFIG} is there.")
         elif model is None:
