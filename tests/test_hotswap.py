@@ -46,16 +46,30 @@ VERSIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def apart() -> Iterator[None]:
+    """What was there before a test is not looked at again, which would take seconds each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def fresh() -> Any:
     return tiny.build("llama")
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor]]:
+    return saved_versions(fresh, tmp_path_factory.mktemp("saved"), list(VERSIONS))
+
+
+def saved_versions(build: Callable[[], Any], place: Path, versions: list[str]) -> dict[str, tuple[Path, Tensor]]:
     """Each version's folder and what a model gives with it."""
     made = {}
-    for seed, (version, (method, options)) in enumerate(VERSIONS.items(), 50):
-        model, folder = fresh(), tmp_path_factory.mktemp("version") / "fr"
+    for seed, version in enumerate(versions, 50):
+        method, options = VERSIONS[version]
+        model, folder = build(), place / version
         torch.manual_seed(seed)
         adapters.attach(model, method, name="fr", **options)
         shake(model, "fr", seed, 0.5 if method == "ia3" else 0.08)
@@ -561,6 +575,18 @@ def test_swaps_from_several_threads_end_in_one_of_the_versions(saved: dict[str, 
 # -- compiled
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor]]:
+    """The versions of a model of one layer, which compiles in half the time."""
+    return saved_versions(shallow, tmp_path_factory.mktemp("short"), [v for v in VERSIONS if v not in ("ia3", "dora")])
+
+
+def shallow() -> Any:
+    model = fresh()
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    return model
+
+
 @pytest.fixture
 def counted() -> Iterator[Any]:
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -570,48 +596,49 @@ def counted() -> Iterator[Any]:
     torch._dynamo.reset()
 
 
-def test_a_swap_compiles_nothing_anew(saved: dict[str, tuple[Path, Tensor]], counted: Any) -> None:
+def test_a_swap_compiles_nothing_anew(short: dict[str, tuple[Path, Tensor]], counted: Any) -> None:
     """Versions of one rank and set of sites, in the tables of a pool: what changes is a number in memory."""
-    model = fresh()
+    model = shallow()
     pool = adapters.Pool(model, slots=4)
-    pool.add(saved["rank 4"][0], name="ad1")
+    pool.add(short["rank 4"][0], name="ad1")
     adapters.activate(model, "ad1")
     compiled = torch.compile(model, backend=counted)
-    assert relative(output(compiled, BATCH), saved["rank 4"][1]) < 1e-5
+    assert relative(output(compiled, BATCH), short["rank 4"][1]) < 1e-5
     once = counted.frame_count
     assert once == 1
     for _ in range(12):
         for version in ("rank 4 again", "rank 4"):
-            adapters.swap(model, "ad1", saved[version][0])
-            assert relative(output(compiled, BATCH), saved[version][1]) < 1e-5, version
+            adapters.swap(model, "ad1", short[version][0])
+            assert relative(output(compiled, BATCH), short[version][1]) < 1e-5, version
     assert counted.frame_count == once
 
 
-def test_versions_of_other_kinds_are_compiled_once_each(saved: dict[str, tuple[Path, Tensor]], counted: Any) -> None:
+def test_versions_of_other_kinds_are_compiled_once_each(short: dict[str, tuple[Path, Tensor]], counted: Any) -> None:
     """Another alpha, rank or set of sites is other code, and not compiled again when it returns."""
-    model = fresh()
+    model = shallow()
     pool = adapters.Pool(model, slots=4)
-    pool.add(saved["rank 4"][0], name="ad1")
+    pool.add(short["rank 4"][0], name="ad1")
     adapters.activate(model, "ad1")
     compiled = torch.compile(model, backend=counted)
     versions = ("rank 4", "another alpha", "rank 9", "few targets")
     for version in versions:
-        adapters.swap(model, "ad1", saved[version][0])
-        assert relative(output(compiled, BATCH), saved[version][1]) < 1e-5, version
+        adapters.swap(model, "ad1", short[version][0])
+        assert relative(output(compiled, BATCH), short[version][1]) < 1e-5, version
     once = counted.frame_count
     for version in versions * 3:
-        adapters.swap(model, "ad1", saved[version][0])
-        assert relative(output(compiled, BATCH), saved[version][1]) < 1e-5, version
+        adapters.swap(model, "ad1", short[version][0])
+        assert relative(output(compiled, BATCH), short[version][1]) < 1e-5, version
     assert counted.frame_count <= once + 1
 
 
-def test_compiled_code_follows_swaps_without_a_pool(saved: dict[str, tuple[Path, Tensor]], counted: Any) -> None:
+def test_compiled_code_follows_swaps_without_a_pool(short: dict[str, tuple[Path, Tensor]], counted: Any) -> None:
     """Compiled anew when need be, and never wrong."""
-    model = holding(saved)
+    model = shallow()
+    adapters.load(model, short["rank 4"][0], name="ad1")
     compiled = torch.compile(model, backend=counted)
     for version in ("rank 4", "rank 9", "few targets", "rank 4 again", "bottleneck", "rank 4"):
-        adapters.swap(model, "ad1", saved[version][0])
-        assert relative(output(compiled, BATCH), saved[version][1]) < 1e-5, version
+        adapters.swap(model, "ad1", short[version][0])
+        assert relative(output(compiled, BATCH), short[version][1]) < 1e-5, version
 
 
 # -- PEFT's four errors

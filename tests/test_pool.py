@@ -11,6 +11,7 @@ import random
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,17 @@ def wanted(folders: dict[str, list[Path]]) -> dict[Path, Tensor]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def apart() -> Iterator[None]:
+    """What was there before a test is not looked at again, which would take seconds each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def held() -> int:
-    """Bytes of all tensors of this process, each memory once."""
+    """Bytes of all tensors that a test has made, each memory once."""
     gc.collect()
     sizes = {}
     for each in gc.get_objects():
