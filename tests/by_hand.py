@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import adapters
 from adapters._attach import base_weight, install, tensors_of
-from adapters._contract import KeyValueMethod, Method, StreamMethod, StreamSite, WeightMethod, WeightSite
+from adapters._contract import FusionMethod, KeyValueMethod, Method, StreamMethod, StreamSite, WeightMethod, WeightSite
 
 Selection = Any
 
@@ -216,6 +216,8 @@ def stream(selection: Selection, site: StreamSite, x: Tensor | None, y: Tensor, 
             return y
         method = part.method.at(part.sites[site.path])
         p = {name: tensor.to(y.dtype) for name, tensor in part.tensors[site.path].items()}
+        if isinstance(method, FusionMethod):
+            return fusion(y, [stream(name, site, x, y, parts) for name in method.parts], p)
         return method.stream(x if method.reads_input() else None, y, p)
     if _kind(selection) == "Stack":
         for each in selection.parts:
@@ -223,6 +225,13 @@ def stream(selection: Selection, site: StreamSite, x: Tensor | None, y: Tensor, 
         return y
     made = [stream(each, site, x, y, parts) for each in selection.parts]
     return sum((s * (new - y) for s, new in zip(selection.weights, made, strict=True)), start=y)
+
+
+def fusion(y: Tensor, made: list[Tensor], p: Mapping[str, Tensor]) -> Tensor:
+    """AdapterFusion (arXiv 2005.00247, section 3.2), part by part: softmax_i(Q y . K z_i) over V z_i."""
+    query = y @ p["query"].T + p["query_bias"]
+    scores = [(query * (z @ p["key"].T + p["key_bias"])).sum(-1, keepdim=True).exp() for z in made]
+    return sum((s / sum(scores) * (z @ p["value"].T) for s, z in zip(scores, made, strict=True)), torch.zeros_like(y))
 
 
 @contextmanager

@@ -745,6 +745,40 @@ def fused() -> Any:
     return model
 
 
+def test_a_fusion_is_attention_over_what_its_parts_make() -> None:
+    model, plain = fused(), frozen(tiny.build("llama"))
+    batch = tiny.inputs("llama", padded=True)
+    fresh = found(model, "ab", batch)
+    even = expected(model, plain, adapters.Average("a", "b"), batch)
+    assert relative(fresh, even) < 0.2 * relative(even, output(plain, batch))  # it begins near the mean of its parts
+    shake(model, "ab", 7, 0.2)
+    for selection in (
+        "ab",
+        ["ab", "a", None],
+        adapters.Stack("ab", "b"),
+        adapters.Average("ab", "a", weights=(0.4, 0.7)),
+    ):
+        assert relative(found(model, selection, batch), expected(model, plain, selection, batch)) < CLOSE
+    assert relative(found(model, "ab", batch), fresh) > 1e-2
+    parts = by_hand.parts_of(model)
+    for held in parts["ab"].tensors.values():
+        for tensor in held.values():
+            tensor.requires_grad_(True)
+    with by_hand.applied(plain, "ab", parts):
+        _loss(plain, batch).backward()
+    with adapters.using(model, "ab"):
+        _loss(model, batch).backward()
+    for key, tensor in tensors_of(model, "ab").items():
+        path, _, own = key.rpartition(":")
+        wanted = parts["ab"].tensors[path][own].grad
+        assert tensor.grad is not None
+        assert wanted is not None
+        if own == "key_bias":  # moves all scores alike, so that nothing changes
+            assert tensor.grad.abs().max() < 1e-4
+        else:
+            assert relative(tensor.grad, wanted) < CLOSE, key
+
+
 def test_only_the_fusion_trains() -> None:
     model = fused()
     own = {id(tensor) for tensor in tensors_of(model, "ab").values()}
