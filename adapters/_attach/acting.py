@@ -70,7 +70,8 @@ class Here:
         x = entry.source(self.args, self.kwargs)
         if self.picks is None or x is None:
             return x
-        return _each(x, lambda t: self._picked(t, entry), self._shape().rows)
+        rows = self._shape().rows
+        return self._picked(x, entry) if isinstance(x, Tensor) else _each(x, lambda t: self._picked(t, entry), rows)
 
     def _picked(self, t: Tensor, entry: AtSite) -> Tensor:
         t = by_row(t, entry.rows, self._shape().rows, entry.path)
@@ -98,14 +99,14 @@ class Here:
         return next((entry for entry in map(self.entry, adapters) if entry is not None), None)
 
 
-def _each(x: Any, change: Pick, rows: int) -> Any:
-    """`change` on a tensor, or on those of a call's arguments that hold the rows of the batch first."""
-    if isinstance(x, Tensor):
-        return change(x)
-    args, kwargs = x
+def _each(call: Any, change: Pick, rows: int) -> Any:
+    """A call's arguments with those changed that hold entries of rows first: as (entries, ...) again."""
+    args, kwargs = call
 
     def changed(value: Any) -> Any:
-        return change(value) if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows else value
+        if not isinstance(value, Tensor) or not value.dim() or value.shape[0] % rows:
+            return value
+        return change(value).flatten(0, 1)
 
     return tuple(map(changed, args)), {key: changed(value) for key, value in kwargs.items()}
 
@@ -131,9 +132,18 @@ def in_turn(adapter: Adapter, here: Here, y: Tensor, before: Before, owned: bool
     entry = here.entry(adapter)
     if entry is None:
         return y, before
-    p = adapter.at(entry)
-    made: Tensor = entry(here.x(entry), y, p, owned=owned, before=before)
-    return made, (*before, (entry, p))
+    return _run(adapter, entry, here, y, owned, before), (*before, (entry, adapter.at(entry)))
+
+
+def _run(adapter: Adapter, entry: AtSite, here: Here, y: Tensor, owned: bool = False, before: Before = ()) -> Tensor:
+    x = here.x(entry)
+    if here.picks is None or x is None or isinstance(x, Tensor):
+        made: Tensor = entry(x, y, adapter.at(entry), owned=owned, before=before)
+        return made
+    whole: Tensor = entry(
+        x, y.flatten(0, 1), adapter.at(entry), owned=owned, before=before
+    )  # a head, which is no product
+    return whole.reshape(y.shape[0], -1, *whole.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,5 +240,5 @@ def act(node: Node, here: Here, y: Tensor) -> Tensor:
         return y
     if isinstance(node, Adapter):
         entry = here.entry(node)
-        return y if entry is None else entry(here.x(entry), y, node.at(entry), owned=False)
+        return y if entry is None else _run(node, entry, here, y)
     return node.act(here, y)

@@ -12,8 +12,6 @@ from torch import Tensor
 from adapters._contract import Rows
 from adapters._errors import AdapterError
 
-FIRST = Rows("axis", 0)
-
 
 def by_row(x: Tensor, rows: Rows, count: int, where: str) -> Tensor:
     """`x` with an axis of `count` rows at the front.

@@ -96,19 +96,17 @@ class Row:
     def at(self, path: str) -> dict[str, Tensor]:
         """The tensors at one site, by name: views of the row."""
         if torch.compiler.is_compiling():  # what fills up as it is used would be compiled anew
-            return {name: self._view(place) for name, place in self.layout.places[path].items()}
-        found = self._views.get(path)
+            return {name: _view(self.blocks, place) for name, place in self.layout.places[path].items()}
+        views = self._views  # taken first: what is made of blocks that another thread parks goes into those it drops
+        found = views.get(path)
         if found is None:
-            if self.away:
+            blocks = self.blocks
+            while not blocks:
                 self.keeper.bring(self)
-            places = self.layout.places[path]
-            found = {name: self._view(place) for name, place in places.items()}
-            self._views[path] = found
+                blocks = self.blocks
+            found = {name: _view(blocks, place) for name, place in self.layout.places[path].items()}
+            views[path] = found
         return found
-
-    def _view(self, place: Place) -> Tensor:
-        flat = self.blocks[place.block]
-        return flat.narrow(0, place.offset, prod(place.shape)).view(place.shape)
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -150,6 +148,10 @@ class Row:
         if self.away:
             self.keeper.bring(self)
         return {**self.__dict__, "_views": {}, "keeper": None}  # a copy makes its own, and is in no pool
+
+
+def _view(blocks: list[Tensor], place: Place) -> Tensor:
+    return blocks[place.block].narrow(0, place.offset, prod(place.shape)).view(place.shape)
 
 
 def key_of(method: Method, sites: tuple[Site, ...], tensors: Mapping[str, Tensor]) -> Key:

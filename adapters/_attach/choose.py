@@ -79,9 +79,10 @@ def _resolved(adapters: Mapping[str, Adapter], named: Mapping[str, Part], value:
             raise AdapterError("an empty list selects nothing: a selection by row has one entry for each row.")
         if isinstance(value, tuple):
             by_row = PerRow(parts)
-            return Acting.of(by_row.adapters, value, by_row, check_rows(by_row.adapters, base_outputs(parts, base)))
+            outputs = base_outputs(by_row.distinct, base)
+            return Acting.of(by_row.adapters, value, by_row, check_rows(by_row.distinct, by_row.adapters, outputs))
         every = tuple(dict.fromkeys(each for part in parts for each in adapters_in(part)))
-        return Acting.of(every, value, Repeated(parts), check_rows(every, base_outputs(parts, base)))
+        return Acting.of(every, value, Repeated(parts), check_rows(parts, every, base_outputs(parts, base)))
     made = meaning.node(value)
     every = adapters_in(made)
     alone = len(set(every)) == len(every)

@@ -93,6 +93,7 @@ def use_tables(model: nn.Module, state: State, slots: int) -> None:
         layout = row.layout
         if layout.table is None and tabled(layout, entries_of(model, layout.slot)):
             layout.table = Table(layout, slots)
+            state.kinds.append(layout)
         if layout.table is not None and row.number is None:
             row.enter()
     point(state, state.active)

@@ -8,7 +8,6 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adapters._attach.aligned import FIRST
 from adapters._contract import Key, KeyValueMethod, Method, Rows, Site
 from adapters._errors import AdapterError
 
@@ -72,10 +71,10 @@ class LayerStates(Entry):
 class Replica(nn.Module):
     """A trained copy of a head: while its adapter acts it answers in the head's place, in the dtype of its input."""
 
-    rows = FIRST
+    rows = Rows("flattened", 0)  # it may be given several vectors a row, as for multiple choice
     additive = False
 
-    def __init__(self, head: nn.Module, path: str = "") -> None:
+    def __init__(self, head: nn.Module, path: str) -> None:
         super().__init__()
         self.head, self.path = head, path
 

@@ -41,7 +41,7 @@ def chosen_heads(model: nn.Module, head: bool | Iterable[str] | None) -> tuple[s
 
 def replica_of(model: nn.Module, path: str, given: Mapping[str, Tensor]) -> Replica:
     """A copy of a head with the adapter's tensors; linear layers may have another number of outputs than the base's."""
-    replica = Replica(bare_copy(model.get_submodule(path)))
+    replica = Replica(bare_copy(model.get_submodule(path)), path)
     own = dict(replica.named_parameters())
     if set(own) != set(given):
         raise AdapterError(f"the head {path} has parameters {sorted(own)}, the adapter has {sorted(given)}.")

@@ -50,13 +50,25 @@ def joined_sequences(results: Sequence[Any], rows: Rows, pad: int) -> Tensor:
 
 
 def _by_row(parts: Sequence[Tensor], rows: Rows) -> Tensor:
-    """Parts have a row, or as many as every other part, for each of theirs."""
-    if any(part.dim() == 0 or part.shape[0] % len(own) for part, own in zip(parts, rows, strict=True)):
+    """Parts have a row, or as many as every other part, for each of theirs, on one of their axes."""
+    axis, times = _rows_axis(parts, rows)
+    order = [row * times + i for own in rows for row in own for i in range(times)]
+    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=parts[0].device)
+    return torch.cat(list(parts), axis).index_select(axis, back)
+
+
+def _rows_axis(parts: Sequence[Tensor], rows: Rows) -> tuple[int, int]:
+    """The axis that counts rows, and how many entries a row has there: the fewest, and of those axes the first."""
+    found = []
+    for axis in range(parts[0].dim()):
+        times = {part.shape[axis] / len(own) for part, own in zip(parts, rows, strict=True)}
+        rest = {(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}
+        if len(times) == len(rest) == 1 and min(times) >= 1 and min(times) == int(min(times)):
+            found.append((int(min(times)), axis))
+    if not found:
         raise AdapterError(
             "this batch runs once per selection, and a loss over all of its rows cannot be put together from the "
             "parts: leave labels out and compute it from the logits."
         )
-    times = parts[0].shape[0] // len(rows[0])
-    order = [row * times + i for own in rows for row in own for i in range(times)]
-    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=parts[0].device)
-    return torch.cat(list(parts)).index_select(0, back)
+    times_a_row, axis = min(found)
+    return axis, times_a_row

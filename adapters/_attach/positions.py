@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters._attach.acting import Chain, Mean, Node
+from adapters._attach.acting import Chain
 from adapters._attach.per_row import PerRow
+from adapters._attach.rules import shift
 from adapters._attach.signature import forward_parameters
-from adapters._attach.state import Adapter, State, selection
+from adapters._attach.state import State, selection
 from adapters._attach.swap import Call, base_class, before_forward
-from adapters._contract import KeyValueMethod, KeyValueSite
+from adapters._contract import KeyValueSite
 
 
 def with_positions(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -41,15 +42,16 @@ def position_ids(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: 
     if "position_ids" not in names:
         return None
     given = dict(zip(names, args, strict=False)) | kwargs
-    shift = _shift(acting.node if acting.node is not None else Chain(tuple(acting)))
+    node = acting.node if acting.node is not None else Chain(tuple(acting))
+    moved = shift(node.distinct[0] if isinstance(node, PerRow) else node)  # by row, all rows alike
     if given.get("position_ids") is not None:
-        return given["position_ids"] + _like(shift, given["position_ids"]) if shift else None
+        return given["position_ids"] + moved if moved else None
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     prefixed = [site for adapter in prefixes for site in adapter.sites if isinstance(site, KeyValueSite)]
     causal = all(site.causal for site in prefixed)
     mask = given.get("attention_mask")
     padded = causal and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all())
-    if not isinstance(tokens, Tensor) or not (shift or padded):
+    if not isinstance(tokens, Tensor) or not (moved or padded):
         return None
     count = tokens.shape[1]
     if padded and isinstance(mask, Tensor):
@@ -58,32 +60,7 @@ def position_ids(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: 
         cache = given.get("past_key_values")
         start = int(cache.get_seq_length()) if cache is not None else 0
         ids = torch.arange(start, start + count, device=tokens.device)[None].expand(tokens.shape[0], -1)
-    return ids + _like(shift, ids)
-
-
-def _shift(node: Node) -> int | tuple[int, ...]:
-    """By how many positions the prefixes under a node move the tokens: for each row, where rows differ."""
-    if isinstance(node, Adapter):
-        shifted = isinstance(node.method, KeyValueMethod) and node.method.positions == "shifted"
-        return node.traits.prefix if shifted else 0
-    if isinstance(node, Chain):
-        return sum(_whole(part) for part in node.parts)
-    if isinstance(node, Mean):
-        return max(_whole(part) for part in node.parts)
-    if isinstance(node, PerRow):
-        rows = tuple(_whole(part) for part in node.parts)
-        return rows if any(rows) else 0
-    return 0
-
-
-def _whole(node: Node) -> int:
-    found = _shift(node)
-    assert isinstance(found, int), "a selection by row is never a part"
-    return found
-
-
-def _like(shift: int | tuple[int, ...], ids: Tensor) -> int | Tensor:
-    return shift if isinstance(shift, int) else torch.tensor(shift, device=ids.device)[:, None]
+    return ids + moved
 
 
 before_forward.append(with_positions)

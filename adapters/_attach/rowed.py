@@ -42,6 +42,7 @@ def prepared(
     layout.traits = _traits(adapter, made)
     if state.slots and tabled(layout, [change.entry for change in made if change.entry is not None]):
         layout.table = Table(layout, state.slots)
+        state.kinds.append(layout)
     row = Row(layout, tensors)
     for change in made:
         if isinstance(change.entry, Entry):
@@ -58,8 +59,10 @@ def release(model: nn.Module, state: State, adapter: Adapter, others: Iterable[A
         drop_slot(model, adapter.slot)
         return
     rows = [other.row for other in others if other.row is not None and other is not adapter]
-    if not any(row.layout is adapter.row.layout for row in rows):
+    kept = rows and adapter.row.layout in state.kinds  # a kind that returns is found by compiled code as it was
+    if not kept and not any(row.layout is adapter.row.layout for row in rows):
         state.layouts.pop(adapter.row.layout.key, None)
+        state.kinds = [layout for layout in state.kinds if layout is not adapter.row.layout]
         drop_slot(model, adapter.slot)
     if not rows:
         drop_slot(model, BANK)

@@ -94,13 +94,26 @@ def check_split(parts: Sequence[Node]) -> None:
                 raise AdapterError(f"{adapter.name!r} cannot act on a part of the tokens: {adapter.traits.unsplit}.")
 
 
-def check_rows(adapters: Sequence[Adapter], base: int | None) -> str:
+def shift(node: Node) -> int:
+    """By how many positions the prefixes under a node, which gives all rows the same, move the tokens."""
+    if isinstance(node, Adapter):
+        own: int = node.traits.shift
+        return own
+    if isinstance(node, Chain):
+        return sum(map(shift, node.parts))
+    return max(map(shift, node.parts), default=0) if isinstance(node, Mean) else 0
+
+
+def check_rows(parts: Sequence[Node], adapters: Sequence[Adapter], base: int | None) -> str:
     """Why rows must run by selection, or nothing; refuses heads of which each has other outputs.
 
     Args:
+        parts: what acts on rows, each once, and the adapters in them.
         base: the number of labels of the base's own head, if a row uses that.
     """
     _check_heads(adapters, base)
+    if len(set(map(shift, parts))) > 1:  # where a model counts its positions from, it alone knows
+        return "prefixes of other lengths move the tokens of their rows to other positions"
     return next((f"{each.name!r}: {each.traits.unfollowed}" for each in adapters if each.traits.unfollowed), "")
 
 

@@ -84,6 +84,7 @@ class State:
     layouts: weakref.WeakValueDictionary[Key, Layout] = field(default_factory=weakref.WeakValueDictionary)
     resolved: dict[Chosen, Acting] = field(default_factory=dict)  # selections used lately, while the adapters are these
     slots: int = 0  # of each layout's table; 0: rows are by themselves
+    kinds: list[Layout] = field(default_factory=list)  # those with tables, which compiled code knows by their names
     moves: int = 0  # of rows in their tables, by a pool
     pool: Any = None  # which may keep rows elsewhere while they do not act
     tables: tuple[Any, ...] | None = None  # from which compiled code reads what acts; None: it looks at the selection

@@ -32,6 +32,7 @@ class Traits:
     other: frozenset[str] = frozenset()  # paths of called weights that change in another way
     outputs: frozenset[str] = frozenset()  # of those, where all that happens is that outputs are scaled, biases too
     prefix: int = 0  # virtual tokens before the keys
+    shift: int = 0  # by how many positions these move the tokens
     layers: bool = False  # virtual tokens in the layers
 
 
@@ -52,7 +53,9 @@ def traits_of(
     split = split or ("its head sees no tokens" if head else "it scales inputs" if called["scaled"] else "")
     length = method.length if isinstance(method, KeyValueMethod) and isinstance(sites[0], KeyValueSite) else 0
     paths = {key: frozenset(found) for key, found in called.items()}
-    return Traits(follow, split, **paths, prefix=length, layers=any(isinstance(site, LayerSite) for site in sites))
+    shift = length if isinstance(method, KeyValueMethod) and method.positions == "shifted" else 0
+    layers = any(isinstance(site, LayerSite) for site in sites)
+    return Traits(follow, split, **paths, prefix=length, shift=shift, layers=layers)
 
 
 def _unfollowed(site: Site) -> str:
