@@ -230,7 +230,7 @@ def stream(selection: Selection, site: StreamSite, x: Tensor | None, y: Tensor, 
 def fusion(y: Tensor, made: list[Tensor], p: Mapping[str, Tensor]) -> Tensor:
     """AdapterFusion (arXiv 2005.00247, section 3.2), part by part: softmax_i(Q y . K z_i) over V z_i."""
     query = y @ p["query"].T + p["query_bias"]
-    scores = [(query * (z @ p["key"].T + p["key_bias"])).sum(-1, keepdim=True).exp() for z in made]
+    scores = [(query * (z @ p["key"].T)).sum(-1, keepdim=True).exp() for z in made]
     return sum((s / sum(scores) * (z @ p["value"].T) for s, z in zip(scores, made, strict=True)), torch.zeros_like(y))
 
 

@@ -78,6 +78,8 @@ class Row:
         self.number: int | None = None  # in the layout's table, if it has one
         self.keeper: Any = None  # the pool that may take its memory away for a while
         self.away = False
+        self.readers = 0  # forwards that read it in a table
+        self.left: list[int] = []  # slots that it has left, which some of them may still read
         self._views: dict[str, dict[str, Tensor]] = {}
         with torch.inference_mode(False), torch.no_grad():
             self._fill([torch.cat([tensors[name].detach().reshape(-1) for name in names]) for names in layout.order])
@@ -118,16 +120,21 @@ class Row:
         self._fill(self.blocks)
 
     def park(self) -> list[Tensor]:
-        """Gives the memory back, and the blocks in RAM.
-
-        Whoever is reading keeps what it has; of a table, until so many others have come that the slot is used again.
-        """
+        """Gives the memory back, and the blocks in RAM; whoever is reading keeps what it has."""
         blocks, self.blocks, self._views, self.away = self.blocks, [], {}, True
         if self.number is None:
             return [block.cpu() for block in blocks]
         copies = [block.to("cpu", copy=True) for block in blocks]
-        self.layout.table.give(self.number)
+        self.left.append(self.number)
+        self.give_back()
         return copies
+
+    def give_back(self) -> None:
+        """Frees the slots that it has left, once nobody reads them."""
+        if not self.readers:
+            for number in self.left:
+                self.layout.table.give(number)
+            self.left = []
 
     def unpark(self, blocks: list[Tensor]) -> None:
         """The inverse of `park`."""
@@ -147,7 +154,13 @@ class Row:
     def __getstate__(self) -> dict[str, Any]:
         if self.away:
             self.keeper.bring(self)
-        return {**self.__dict__, "_views": {}, "keeper": None}  # a copy makes its own, and is in no pool
+        return {
+            **self.__dict__,
+            "_views": {},
+            "keeper": None,
+            "readers": 0,
+            "left": [],
+        }  # a copy makes its own, and is in no pool
 
 
 def _view(blocks: list[Tensor], place: Place) -> Tensor:

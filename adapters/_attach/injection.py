@@ -20,7 +20,7 @@ from adapters._attach.batches import Repeated
 from adapters._attach.container import CHILD, Container, KeyValue
 from adapters._attach.per_row import PerRow
 from adapters._attach.prefixes import Prefixes, prefixes_of
-from adapters._attach.state import SHAPE, STATE, State, after_copy, notes, selection
+from adapters._attach.state import SHAPE, STATE, State, after_copy, notes, selection, tables
 from adapters._contract import KeyValueMethod
 from adapters._dispatch import Attention, unwrap_attention, wrap_attention, wrapping_attention
 from adapters._errors import AdapterError
@@ -83,7 +83,9 @@ _NAMES = ("query", "key", "value", "attention_mask")
 def acting_prefix(module: nn.Module) -> Prefixes | None:
     """What the acting adapters prepend at this attention, or None."""
     state, held = module.__dict__.get(STATE), module._modules.get(CHILD)
-    if state is None or not isinstance(held, Container):
+    if state is None or not isinstance(held, Container) or tables(state) is not None:
+        return None
+    if not any(isinstance(entry, KeyValue) for entry in held._modules.values()):
         return None
     acting = selection(state)
     entries: dict[str, KeyValue] = {}

@@ -206,6 +206,24 @@ class choosing(holding):
         super().__exit__(kind, error, trace)
 
 
+class reading:
+    """`with reading(state, acting):` around a forward: what a pool takes out meanwhile is not written over."""
+
+    __slots__ = ("acting", "pool", "rows")
+
+    def __init__(self, state: State, acting: Acting) -> None:
+        self.pool, self.acting = state.pool, acting
+
+    def __enter__(self) -> None:
+        self.rows = self.pool.reading(self.acting) if self.pool is not None else ()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.rows:
+            self.pool.read(self.rows)
+
+
 def is_outermost(state: State) -> bool:
     """Whether no forward of the model is under way in this thread."""
     return not any(other is state for other in _forwards.running)

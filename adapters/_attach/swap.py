@@ -33,6 +33,7 @@ from adapters._attach.state import (
     is_outermost,
     notes,
     put_tap,
+    reading,
     running,
     selection,
     tables,
@@ -206,7 +207,7 @@ def _root_call(inner: Callable[..., Any], root: bool) -> Callable[..., Any]:
             if (whole := by_selection(state, acting, names)) is not None:
                 return whole(partial(__call__, self), args, kwargs)
             acting = bound(state, acting, kept, names, args, kwargs)
-        with holding(state, acting, kept), running(state) as outermost:
+        with holding(state, acting, kept), reading(state, acting), running(state) as outermost:
             if acting and outermost:
                 args, kwargs = _prepared(self, state, args, kwargs)
             result = inner(self, *args, **kwargs)

@@ -24,7 +24,7 @@ from adapters._attach.aligned import by_row, put_back
 from adapters._attach.bank import Layout, Place, Row
 from adapters._errors import AdapterError
 
-SPARE = 3  # slots beside those that were asked for: the zeros, and room for exchanging
+SPARE = 8  # slots beside those that were asked for: the zeros, and room for exchanges and for forwards under way
 
 
 class Table:
@@ -54,11 +54,6 @@ class Table:
             number = self.free.popleft()
         self._watch(row, number)
         return number, [block[number] for block in self.blocks]
-
-    @property
-    def room(self) -> int:
-        """How many more adapters there are slots for, beside the room for exchanging."""
-        return len(self.free) - (SPARE - 1)
 
     def _watch(self, row: Row, number: int) -> None:
         self.taken[number] = weakref.finalize(row, self._freed, number)

@@ -160,6 +160,22 @@ class Pool:
                 entry.held += 1
             return found
 
+    def reading(self, acting: Acting) -> tuple[Row, ...]:
+        """Counts the rows that a forward reads in tables, whose slots nobody else gets before it ends."""
+        rows = tuple(adapter.row for adapter in acting if adapter.row is not None and adapter.row.number is not None)
+        if rows:
+            with self._lock:
+                for row in rows:
+                    row.readers += 1
+        return rows
+
+    def read(self, rows: tuple[Row, ...]) -> None:
+        """Such a forward has ended."""
+        with self._lock:
+            for row in rows:
+                row.readers -= 1
+                row.give_back()
+
     def room_for(self, old: Row, size: int) -> None:
         """Before an adapter of this pool is exchanged for one of `size` bytes."""
         with self._lock:
@@ -237,7 +253,8 @@ class Pool:
         inside = sorted((entry for entry in self._known() if entry.where == "memory"), key=lambda entry: entry.used)
         free = size if self.memory is None else self.memory - sum(entry.nbytes for entry in inside)
         tables = {id(e.layout): e.layout.table for e in self._known() if e.layout.table is not None}
-        rooms = {kind: tables[kind].room - count for kind, count in kinds.items() if kind in tables}
+        held = Counter(id(row.layout) for row in state.rows() if not row.away) if state is not None else Counter[int]()
+        rooms = {kind: tables[kind].slots - held[kind] - count for kind, count in kinds.items() if kind in tables}
         going = []
         for entry in inside:
             kind = id(entry.layout)

@@ -14,11 +14,11 @@ from adapters._registry import add
 @add("fuse")
 @dataclass(frozen=True)
 class Fuse(FusionMethod):
-    """AdapterFusion: y' = sum_i a_i V z_i, a = softmax_i((Q y + c) . (K z_i + d)), z_i = f_i(x, y) (section 3.2).
+    """AdapterFusion: y' = sum_i a_i V z_i, a = softmax_i((Q y + c) . K z_i), z_i = f_i(x, y) (section 3.2).
 
-    Q, K, V (width, width), c, d (width): attention over what frozen adapters make of a branch's output y, position by
+    Q, K, V (width, width), c (width): attention over what frozen adapters make of a branch's output y, position by
     position. V = I at start, so that a fresh fusion is a weighted mean of its parts; Q and K are drawn within
-    1 / sqrt(width) / 10, c = d = 0.
+    1 / sqrt(width) / 10, c = 0. (A bias of the keys would add the same to every score.)
 
     Args:
         parts: the names of attached bottleneck adapters, or others that change streams.
@@ -39,12 +39,11 @@ class Fuse(FusionMethod):
             "query": torch.empty(site.width, site.width).uniform_(-bound, bound),
             "query_bias": torch.zeros(site.width),
             "key": torch.empty(site.width, site.width).uniform_(-bound, bound),
-            "key_bias": torch.zeros(site.width),
             "value": torch.eye(site.width),
         }
 
     def fuse(self, y: Tensor, made: Tensor, p: Tensors) -> Tensor:
         query = y @ p["query"].mT + p["query_bias"]
-        key = made @ p["key"].mT + p["key_bias"]
+        key = made @ p["key"].mT
         attention = torch.softmax((query * key).sum(-1), dim=0)  # (parts, ...)
         return (attention.unsqueeze(-1) * (made @ p["value"].mT)).sum(0)
