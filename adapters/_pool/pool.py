@@ -8,14 +8,14 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adapters._attach import adapters_of, check_attachable, detach, state_of, unwrapped, use_tables
 from adapters._attach.bank import Row, key_of
 from adapters._attach.state import Acting, Adapter, State
 from adapters._errors import AdapterError, nearest
 from adapters._pool.entry import Entry
+from adapters._pool.room import bring, leave, who_leaves
 from adapters._pool.status import PoolEntry, PoolStatus
 from adapters._store import LoadReport, load, read
 from adapters._store.basecheck import check_base
@@ -254,17 +254,13 @@ class Pool:
         free = size if self.memory is None else self.memory - sum(entry.nbytes for entry in inside)
         tables = {id(e.layout): e.layout.table for e in self._known() if e.layout.table is not None}
         held = Counter(id(row.layout) for row in state.rows() if not row.away) if state is not None else Counter[int]()
-        rooms = {kind: tables[kind].slots - held[kind] - count for kind, count in kinds.items() if kind in tables}
-        going = []
-        for entry in inside:
-            kind = id(entry.layout)
+        rooms = Counter({kind: tables[kind].slots - held[kind] - n for kind, n in kinds.items() if kind in tables})
+
+        def may_leave(entry: Entry) -> bool:
             acts = entry.held or id(entry.row()) in acting
-            if acts or entry.pinned or id(entry) in kept or not self._can_leave(entry):
-                continue
-            if free < size or rooms.get(kind, 0) < 0:
-                going.append(entry)
-                free += entry.nbytes
-                rooms[kind] = rooms.get(kind, 0) + 1
+            return not acts and not entry.pinned and id(entry) not in kept and self._can_leave(entry)
+
+        going, free = who_leaves(inside, may_leave, size, free, rooms)
         if free < size or min(rooms.values(), default=0) < 0:
             slots = "" if free < size else f" and one slot more of {self.slots}"
             budget = "no limit" if self.memory is None else f"a budget of {self.memory:,}"
@@ -273,41 +269,13 @@ class Pool:
                 "freed: the others act or are pinned."
             )
         for entry in going:
-            self._leave(entry)
+            leave(entry, self._known(), self.ram)
 
     def _can_leave(self, entry: Entry) -> bool:
         return bool(entry.folder) or self.ram is None or entry.nbytes <= self.ram
 
-    def _leave(self, entry: Entry) -> None:
-        """Out of memory: into RAM if there is room, where others make it, else to disk."""
-        row = entry.row()
-        assert row is not None, "an attached adapter has its row"
-        parked = row.park()
-        if self.ram is not None:
-            others = sorted((e for e in self._known() if e.where == "ram" and e.folder), key=lambda e: e.used)
-            free = self.ram - sum(e.nbytes for e in self._known() if e.where == "ram")
-            while free < entry.nbytes and others and entry.nbytes <= self.ram:
-                oldest = others.pop(0)
-                oldest.where, oldest.parked = "disk", None
-                free += oldest.nbytes
-            if free < entry.nbytes and entry.folder:
-                entry.where, entry.parked = "disk", None
-                return
-        entry.where, entry.parked = "ram", parked
-
     def _bring(self, entry: Entry) -> None:
-        row = entry.row()
-        assert row is not None, "an attached adapter has its row"
-        row.unpark(entry.parked if entry.parked is not None else self._reread(entry, row))
-        entry.where, entry.parked = "memory", None
+        bring(entry, self.model)
         state = state_of(self.model)
-        if state is not None and row.number is not None:
-            state.moves += 1
-
-    def _reread(self, entry: Entry, row: Row) -> list[Tensor]:
-        bundle = read(entry.folder, self.model)
-        same = row.layout.key == key_of(bundle.method, bundle.sites, bundle.tensors)
-        if not same or bundle.digest != entry.digest:
-            raise AdapterError(f"{entry.folder} has changed since {entry.name!r} was added to the pool: add it anew.")
-        with torch.no_grad():
-            return [torch.cat([bundle.tensors[key].reshape(-1) for key in keys]) for keys in row.layout.order]
+        if state is not None:
+            state.moves += 1  # compiled code must be told its new number

@@ -44,14 +44,15 @@ class View(Mapping[str, bytes]):
         with os.fdopen(fd, "rb") as file:
             return file.read()
 
-    def into(self, name: str, buffer: memoryview) -> int:
-        """Reads a file into `buffer`, from its beginning, without another copy; returns how many bytes there were."""
+    def into(self, name: str, *buffers: memoryview) -> int:
+        """Fills buffers, one after the other, with a file from its beginning; returns how many bytes there were."""
         fd = os.open(self.where[name], os.O_RDONLY)
+        done = 0
         with os.fdopen(fd, "rb", buffering=0) as file:
-            done = 0
-            while done < len(buffer) and (more := file.readinto(buffer[done:])):
-                done += more
-            return done
+            for rest in buffers:
+                while rest and (more := file.readinto(rest)):
+                    rest, done = rest[more:], done + more
+        return done
 
     def __contains__(self, name: object) -> bool:
         return name in self.where  # Mapping's own would read the file

@@ -152,25 +152,24 @@ def _map(line: bytes) -> SiteMap | None:
     return SiteMap.from_dict(value) if value is not None else None
 
 
-def _files(view: View, expected: Any, check: bool) -> Tensor:
-    """The content of the safetensors file, (bytes,) uint8, when every file is the one that was written."""
+def _files(view: View, expected: Any, check: bool) -> weights.File:
+    """The safetensors file, when every file is the one that was written."""
     if not isinstance(expected, dict) or WEIGHTS not in expected or not set(expected) <= {WEIGHTS, CONFIG}:
         raise DamagedAdapter(f"{RECORD} names other files than an adapter has.")
     if CONFIG in view and CONFIG not in expected:
         raise DamagedAdapter(f"{CONFIG} does not belong to this adapter: {RECORD} does not know it.")
     if not all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} for entry in expected.values()):
         raise DamagedAdapter(f"{RECORD} does not describe the files of an adapter.")
-    held = {}
     for name, entry in expected.items():
         if name not in view:
             raise DamagedAdapter(f"{name} is missing.")
         if view.size(name) != entry["bytes"]:
             raise DamagedAdapter(f"{name} has {view.size(name):,} bytes instead of {entry['bytes']:,}.")
-        if check or name == WEIGHTS:
-            held[name] = weights.read(view, name)
-        if check and sha(held[name].numpy().data) != entry["sha256"]:
+    file = weights.read(view)
+    for name, entry in expected.items() if check else ():
+        if (file.digest() if name == WEIGHTS else sha(view[name])) != entry["sha256"]:
             raise DamagedAdapter(f"{name} was altered after it was written: its digest does not match.")
-    return held[WEIGHTS]
+    return file
 
 
 def json_safe(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file as views of the one buffer that it was read into.
+"""The tensors of a safetensors file as views of the memory that it was read into.
 
 The first file of a kind is read by safetensors' own reader, which validates the header; files that begin with the same
 header, byte for byte, have the same layout.
@@ -6,6 +6,7 @@ header, byte for byte, have the same layout.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,46 +83,67 @@ class Stored:
                 raise DamagedAdapter(f"{WEIGHTS}: the tensor {name} holds values that are not finite.")
 
 
-def read(view: View, name: str) -> Tensor:
-    """The content of a file, (bytes,) uint8, read once and into memory of its own.
+@dataclass(frozen=True)
+class File:
+    """A safetensors file: its first bytes, up to where the data begin, and the data, (bytes,) uint8."""
+
+    header: bytes
+    data: Tensor
+
+    def digest(self) -> str:
+        """The SHA-256 of the file."""
+        found = hashlib.sha256(self.header)
+        found.update(self.data.numpy().data)
+        return found.hexdigest()
+
+    def parse(self) -> dict[str, Tensor]:
+        """What safetensors' own reader makes of it, in memory of its own.
+
+        Raises:
+            DamagedAdapter: it refuses the file.
+        """
+        try:
+            return safetensors.torch.load(self.header + self.data.numpy().tobytes())
+        except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise DamagedAdapter(f"{WEIGHTS} is truncated or damaged: {error}.") from error
+
+
+def read(view: View) -> File:
+    """The folder's safetensors file, read once; the data have memory of their own, which holds nothing else.
 
     Raises:
         DamagedAdapter: it became shorter meanwhile.
     """
-    buffer = torch.empty(view.size(name), dtype=torch.uint8, device="cpu")
-    if view.into(name, buffer.numpy().data) != buffer.numel():
-        raise DamagedAdapter(f"{name} became shorter while it was read.")
-    return buffer
+    size = view.size(WEIGHTS)
+    first = bytearray(min(8, size))
+    view.into(WEIGHTS, memoryview(first))
+    header = bytearray(_header_size(first, size))
+    data = torch.empty(size - len(header), dtype=torch.uint8, device="cpu")
+    if view.into(WEIGHTS, memoryview(header), data.numpy().data) != size:
+        raise DamagedAdapter(f"{WEIGHTS} became shorter while it was read.")
+    return File(bytes(header), data)
 
 
-def unpack(buffer: Tensor) -> Stored:
-    """The tensors of a safetensors file.
+def _header_size(first: bytes | bytearray, size: int) -> int:
+    return min(8 + int.from_bytes(first[:8], "little"), size)
 
-    Args:
-        buffer: (bytes,) uint8, the file; the tensors are views of it.
+
+def unpack(file: File) -> Stored:
+    """The tensors of a safetensors file, as views of its data.
 
     Raises:
         DamagedAdapter: it is truncated or not a safetensors file.
     """
-    header = header_of(buffer)
-    layout = known.get("header", header, lambda header: _layout(header, buffer))
+    layout = known.get("header", file.header, lambda _: _layout(file))
     if layout is None:
-        found = dict(sorted(_by_its_own_reader(buffer).items()))
+        found = dict(sorted(file.parse().items()))
         flat = tuple(tensor.reshape(-1) for tensor in found.values())
-        return Stored(header, tuple(found), tuple(tuple(tensor.shape) for tensor in found.values()), flat, flat)
-    data = buffer[len(header) :]
-    if data.numel() != layout.size:
-        raise DamagedAdapter(f"{WEIGHTS} is truncated or damaged: it has {data.numel():,} bytes of tensors.")
-    runs = tuple(data[run.start : run.stop].view(run.dtype) for run in layout.runs)
+        return Stored(file.header, tuple(found), tuple(tuple(tensor.shape) for tensor in found.values()), flat, flat)
+    if file.data.numel() != layout.size:
+        raise DamagedAdapter(f"{WEIGHTS} is truncated or damaged: it has {file.data.numel():,} bytes of tensors.")
+    runs = tuple(file.data[run.start : run.stop].view(run.dtype) for run in layout.runs)
     parts = [part for run, here in zip(runs, layout.runs, strict=True) for part in torch.split(run, list(here.sizes))]
-    return Stored(header, layout.names, layout.shapes, tuple(parts), runs)
-
-
-def header_of(buffer: Tensor) -> bytes:
-    """The first bytes of a safetensors file, up to where its data begin."""
-    raw = buffer.numpy().data
-    length = int.from_bytes(raw[:8], "little") + 8
-    return bytes(raw[: min(length, len(raw))])
+    return Stored(file.header, layout.names, layout.shapes, tuple(parts), runs)
 
 
 def parse(weights: bytes) -> dict[str, Tensor]:
@@ -130,7 +152,10 @@ def parse(weights: bytes) -> dict[str, Tensor]:
     Raises:
         DamagedAdapter: it is truncated or not a safetensors file.
     """
-    stored = unpack(torch.frombuffer(bytearray(weights), dtype=torch.uint8) if weights else torch.empty(0).byte())
+    start = _header_size(weights, len(weights))
+    rest = bytearray(weights[start:])
+    data = torch.frombuffer(rest, dtype=torch.uint8) if rest else torch.empty(0, dtype=torch.uint8)
+    stored = unpack(File(weights[:start], data))
     return dict(zip(stored.names, map(Tensor.view, stored.flat, stored.shapes), strict=True))
 
 
@@ -179,21 +204,14 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _by_its_own_reader(buffer: Tensor) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(buffer.numpy().tobytes())
-    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise DamagedAdapter(f"{WEIGHTS} is truncated or damaged: {error}.") from error
-
-
-def _layout(header: bytes, buffer: Tensor) -> Layout | None:
-    """The layout that a header describes, or None where views of the buffer cannot serve it.
+def _layout(file: File) -> Layout | None:
+    """The layout that a header describes, or None where views of the data cannot serve it.
 
     Raises:
         DamagedAdapter: safetensors refuses the file.
     """
-    held = _by_its_own_reader(buffer)
-    entries = json.loads(header[8:])
+    held = file.parse()
+    entries = json.loads(file.header[8:])
     entries.pop("__metadata__", None)
     ordered = sorted(entries.items(), key=lambda entry: tuple(entry[1]["data_offsets"]))
     names = tuple(name for name, _ in ordered)
@@ -204,8 +222,8 @@ def _layout(header: bytes, buffer: Tensor) -> Layout | None:
     if set(names) != set(held) or shapes != tuple(tuple(held[name].shape) for name in names):
         return None
     runs = _runs(dtypes, shapes, [tuple(entry["data_offsets"]) for _, entry in ordered])
-    aligned = runs is not None and all((len(header) + run.start) % run.dtype.itemsize == 0 for run in runs)
-    size = buffer.numel() - len(header)
+    aligned = runs is not None and all(run.start % run.dtype.itemsize == 0 for run in runs)
+    size = file.data.numel()
     if runs is None or not aligned or (runs[-1].stop if runs else 0) != size:
         return None
     return Layout(names, shapes, dtypes, runs, size)
