@@ -20,7 +20,7 @@ import adapters
 from adapters._attach import tensors_of
 from adapters._sites import site_of, site_record
 from adapters._store import lines
-from adapters._store.bundle import CARD, CONFIG, RECORD, WEIGHTS
+from adapters._store.bundle import CARD, CONFIG, PARTS, RECORD, WEIGHTS
 
 METHODS = ["lora", "qlora", "dora", "ia3", "bottleneck", "prefix"]
 
@@ -304,7 +304,8 @@ def test_a_hub_id_fetches_only_our_files(folder: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert adapters.inspect("org/name").name == "fr.v2"
-    assert asked == {"repository": "org/name", "patterns": [WEIGHTS, CONFIG, RECORD, CARD]}
+    ours = [WEIGHTS, CONFIG, RECORD, CARD, PARTS, "part-*/*"]
+    assert asked == {"repository": "org/name", "patterns": ours}
 
 
 def test_the_record_tells_nothing_of_the_machine(tmp_path: Path) -> None:

@@ -325,6 +325,11 @@ def stored(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -
     return raw
 
 
+def file_of(raw: bytes | bytearray) -> weights.File:
+    start = 8 + int.from_bytes(raw[:8], "little")
+    return weights.File(bytes(raw[:start]), torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8))
+
+
 def test_every_dtype_and_shape_is_read_as_safetensors_reads_it() -> None:
     from safetensors.torch import load
 
@@ -359,8 +364,8 @@ def test_values_that_are_not_finite_are_named() -> None:
         for value in (float("nan"), float("inf"), -float("inf")):
             raw = bytearray(stored({**tensors, "b": torch.tensor([1.0, value, 1.0]).to(kind)}))
             with pytest.raises(adapters.DamagedAdapter, match="tensor b holds"):
-                weights.unpack(torch.frombuffer(raw, dtype=torch.uint8)).require_finite()
-        weights.unpack(torch.frombuffer(bytearray(stored(tensors)), dtype=torch.uint8)).require_finite()
+                weights.unpack(file_of(raw)).require_finite()
+        weights.unpack(file_of(stored(tensors))).require_finite()
 
 
 # ---- folders kept in memory
