@@ -45,7 +45,10 @@ SmolLM2-135M-Instruct, LoRA on every linear layer but the head, batches of 2 row
 runs ours and PEFT's in turn in one process, and checks in every pair that both computed the same. `ours / peer` is the
 median of the pairwise ratios, `min` and `max` are the smallest and the largest of them; times are the medians of each
 side. A row in which both sides do the same work is `ok` up to {LIMIT} and `over` above; `more work` marks functions
-that verify what PEFT does not. `import ms` is the smallest of five new processes.
+that verify what PEFT does not. `import ms` is the smallest of five new processes. A number behind a verdict is a limit
+of the row's own. `read + copy` reads a file with safetensors and copies its tensors. AdapterHub runs in an environment
+of its own, with an older transformers (`python -m benchmarks --adapterhub`): compared is how much longer a forward
+takes than the bare base's beside it, and `own ms` is what each side measured in its process.
 """
 
 
@@ -62,7 +65,7 @@ def main(
     """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # PEFT warns of what these rows do on purpose
-    known = [*ROWS, *hub.ROWS] if adapterhub else ROWS
+    known = [*ROWS, *(_beside_adapterhub() if adapterhub else [])]
     chosen = [row for row in known if fnmatchcase(row.name, rows) or rows in row.name]
     if not chosen:
         raise typer.BadParameter(f"no row matches {rows!r}; rows: {'; '.join(row.name for row in known)}")
@@ -76,6 +79,15 @@ def main(
     if len(chosen) == len(known):
         RESULTS.write_text(markdown(lines, about, PREFACE))
     raise typer.Exit(int(gate and any(line.verdict.startswith("over") for line in lines)))
+
+
+def _beside_adapterhub() -> list[Row]:
+    try:
+        hub.environment()
+    except RuntimeError as error:
+        Console(stderr=True).print(f"left out: {error}")
+        return []
+    return hub.ROWS
 
 
 def run(chosen: list[Row], setting: Setting, pairs: int) -> list[Line]:

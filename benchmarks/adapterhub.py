@@ -154,9 +154,11 @@ def _activate(setting: Setting, name: str) -> Pair:
     return Pair(Side(lambda: ours.activate(name)), Side(lambda: float(theirs.ask(f"activate {name}")["ms"])))
 
 
-def _row(label: str, name: str, **kinds: Any) -> Row:
+def _row(label: str, name: str) -> Row:
     build = partial(_forward, name=name)
-    return Row(f"forward beside the bare base, {label}", build, "AdapterHub", units=("ratio",), most_pairs=3, **kinds)
+    return Row(
+        f"forward beside the bare base, {label}", build, "AdapterHub", gated=False, units=("ratio",), most_pairs=3
+    )
 
 
 ROWS = [

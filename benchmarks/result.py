@@ -45,7 +45,7 @@ class Line:
         if self.ratio is None:
             return "no peer"
         if not self.gated:
-            return "no peer" if self.beside != "PEFT" else "more work"
+            return {"PEFT": "more work", "AdapterHub": "other release"}.get(self.beside, "no peer")
         asked = "" if self.limit == LIMIT else f" ({self.limit:g})"
         return f"ok{asked}" if self.ratio <= self.limit else f"over{asked}"
 

@@ -46,7 +46,6 @@ def row(rows: list[Row], name: str) -> Row:
         (merging.ROWS, "merge arithmetic, fp32", ["CPU ms"]),
         (many.ROWS, "load 50", ["CPU ms"]),
         (many.ROWS, "switch among", ["CPU ms"]),
-        (many.ROWS, "hot swap r8, checked", ["CPU ms"]),
         (many.ROWS, "hot swap r8, unchecked", ["CPU ms"]),
         (many.ROWS, "hot swap r8, from memory", ["CPU ms"]),
         *((mixed.ROWS, row.name, ["CPU ms"]) for row in mixed.ROWS if row.peer == "PEFT"),
@@ -109,6 +108,7 @@ def test_a_limit_of_its_own_is_shown() -> None:
         ((0.9,), "PEFT", True, "over"),
         ((0.5,), "PEFT", False, "more work"),
         ((0.5,), "bare base", False, "no peer"),
+        ((0.5,), "AdapterHub", False, "other release"),
         ((), "", False, "no peer"),
     ],
 )
