@@ -429,6 +429,8 @@ def _measured(model: nn.Module, case: Case) -> dict[str, float]:
     found = {f"row {i}, {name}": relative(mixed[i], alone[name][i]) for i, name in enumerate(chosen)}
     if case.dtype not in (torch.float32, torch.float64) or case.nf4:
         return found
+    if any(adapter.tokens is not None for adapter in adapters_of(model).values()):
+        return found  # the definition by hand knows no rows of tokens
     stack = adapters.Stack("fr", "ad1")
     if isinstance(adapters_of(model)["fr"].sites[0], LayerSite):  # one adapter's virtual tokens at a time
         with pytest.raises(adapters.AdapterError, match="virtual tokens"):
