@@ -201,13 +201,59 @@ def test_rows_are_followed_in_every_layout(layout: str, kind: str) -> None:
         assert report.runs
 
 
-def test_the_layouts_are_those_that_the_maps_know() -> None:
-    """All that `Rows` can say occurs above, at sites that adapters take."""
-    seen = {"prefix of rows": "axis"}
-    for layout in ("windowed", "routed", "axis 1", "flattened", "no rows"):
-        for site in adapters.sites(laid_out(layout)[0]).weights:
-            seen[site.rows.layout] = layout
-    assert {"axis", "windowed", "routed", "flattened", "none"} <= {*seen, "axis"}
+class Laid(nn.Module):
+    """A layer that sees its rows in every layout in turn, and a residual stream around the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.axis, self.moved, self.flat, self.between, self.windows, self.pooled = (nn.Linear(6, 6) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, tokens, n = x.shape
+        x = x + self.axis(x)
+        x = x + self.moved(x.transpose(0, 1)).transpose(0, 1).tanh()
+        x = x + self.flat(x.reshape(-1, n)).view(rows, tokens, n).tanh()
+        x = x + self.between(x.transpose(0, 1).reshape(-1, n)).view(tokens, rows, n).transpose(0, 1).tanh()
+        x = x + self.windows(x.reshape(rows * 2, tokens // 2, n)).view(rows, tokens, n).tanh()
+        return x + self.pooled(x.mean(1))[:, None]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loha"])
+def test_every_layout_by_itself(method: str) -> None:
+    model = Laid()
+    example = {"x": torch.randn(3, 8, 6)}
+    for seed, name in enumerate(NAMES, 61):
+        adapters.attach(model, method, name=name, rank=2, targets="all", example=example)
+        shake(model, name, seed, 0.3)
+    rows = {site.owner: str(site.rows) for site in adapters.sites(model, example).weights}
+    assert rows == {
+        "axis": "axis 0",
+        "moved": "axis 1",
+        "flat": "flattened 0",
+        "between": "interleaved 0",
+        "windows": "windowed 0",
+        "pooled": "axis 0",
+    }
+    plain = frozen(Laid())
+    for count, tokens in ((5, 8), (4, 4), (8, 8), (6, 2), (2, 6)):
+        x = torch.randn(count, tokens, 6, generator=torch.Generator().manual_seed(count))
+        chosen = list(itertools.islice(itertools.cycle(["a", None, "b", "c", "a"]), count))
+        with torch.no_grad():
+            with adapters.using(model, chosen) as report:
+                mixed = model(x)
+            assert report.runs == 1
+            for row, name in enumerate(chosen):
+                with adapters.using(model, name):
+                    assert relative(mixed[row], model(x)[row]) < CLOSE, (row, name)
+                if name is None:
+                    assert relative(mixed[row], plain(x)[row]) < CLOSE
+
+
+def test_the_models_have_the_layouts_that_they_stand_for() -> None:
+    named = ("windowed", "routed", "axis 1", "flattened", "no rows")
+    seen = {site.rows.layout for layout in named for site in adapters.sites(laid_out(layout)[0]).weights}
+    assert seen == {"axis", "windowed", "routed", "flattened", "none"}
 
 
 def test_a_pooled_layer_has_one_row_each() -> None:
