@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import adapters
 from adapters._attach import tensors_of
-from adapters._store import fingerprints, lines, verdicts, weights
+from adapters._store import commit, fingerprints, lines, verdicts, weights
 from adapters._store.bundle import CONFIG, RECORD, WEIGHTS
 from adapters._store.frozen import Frozen, Memo, freeze
 
@@ -448,6 +448,20 @@ def test_a_peft_folder_is_read_with_its_model(folder: Path) -> None:
     assert "could not be checked" in report.base
     assert any("PEFT" in note for note in report.notes)
     assert same(tensors_of(model, "x"), bundle.tensors)
+
+
+def test_only_an_adapters_files_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "optimizer.pt").write_bytes(b"a large file of someone else's")
+    asked: list[str] = []
+    get, into = commit.View.__getitem__, commit.View.into
+    monkeypatch.setattr(commit.View, "__getitem__", lambda view, name: (asked.append(name), get(view, name))[1])
+    monkeypatch.setattr(commit.View, "into", lambda view, name, *b: (asked.append(name), into(view, name, *b))[1])
+    adapters.read(folder)
+    assert set(asked) == {RECORD, CONFIG, WEIGHTS}
+    (folder / RECORD).unlink()
+    asked.clear()
+    adapters.read(folder, tiny.build("llama"))
+    assert set(asked) == {CONFIG, WEIGHTS}
 
 
 # ---- swapping without checks

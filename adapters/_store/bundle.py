@@ -43,7 +43,7 @@ class Bundle:
     tokens: Tokens | None = None  # whose rows it trains
     notes: tuple[str, ...] = ()
     folder: str = ""  # where it was read from
-    digest: str = ""  # SHA-256 of the record there, which holds those of the other files; of all files where PEFT wrote
+    digest: str = ""  # the record's own, which covers the other files; SHA-256 of the files where PEFT wrote them
     base_digest: str = ""  # of the text of `base`, where it was read from a folder
     seen: int | None = None  # `versions(tensors)` when their values were looked at; None: they were not
 

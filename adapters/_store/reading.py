@@ -42,21 +42,8 @@ def open_folder(folder: str | os.PathLike[str], model: nn.Module | None, check: 
     """As `read`. `check=False` leaves out digests and the look for values that are not finite."""
     place = resolve(folder)
     with commit.reading(place) as view:
-        record = view[RECORD] if RECORD in view else b"".join(view[name] for name in sorted(view))
-        digest = hashlib.sha256(record).hexdigest()
-        if RECORD in view:
-            bundle = decode(view, check)
-        elif PARTS in view:
-            raise AdapterError(f"{place} holds a composition of adapters: adapters.load brings it with its parts.")
-        elif CONFIG not in view:
-            raise AdapterError(f"{place} holds no adapter: neither {RECORD} nor {CONFIG} is there.")
-        elif model is None:
-            raise AdapterError(
-                f"{place} was written by PEFT and records no sites: give read the model, or use adapters.load."
-            )
-        else:
-            bundle = _from_peft(model, place, view, check)
-    return dataclasses.replace(bundle, folder=place, digest=digest, seen=versions(bundle.tensors) if check else None)
+        bundle = decode(view, check) if RECORD in view else _from_peft(model, place, view, check)
+    return dataclasses.replace(bundle, folder=place, seen=versions(bundle.tensors) if check else None)
 
 
 def resolve(folder: str | os.PathLike[str]) -> str:
@@ -76,14 +63,24 @@ def resolve(folder: str | os.PathLike[str]) -> str:
         ) from error
 
 
-def _from_peft(model: nn.Module, place: str, view: commit.View, check: bool) -> Bundle:
+def _from_peft(model: nn.Module | None, place: str, view: commit.View, check: bool) -> Bundle:
+    if PARTS in view:
+        raise AdapterError(f"{place} holds a composition of adapters: adapters.load brings it with its parts.")
+    if CONFIG not in view:
+        raise AdapterError(f"{place} holds no adapter: neither {RECORD} nor {CONFIG} is there.")
+    if model is None:
+        raise AdapterError(
+            f"{place} was written by PEFT and records no sites: give read the model, or use adapters.load."
+        )
     config, tensors = peft_files(view, check)
     state = state_of(model)
     known = state.map if state is not None and state.map is not None else sites(model)
     found = understand(config, tensors, model, known)
     name = os.path.basename(os.path.abspath(place))
     notes = [f"written by PEFT for {found.base}." if found.base else "written by PEFT.", *found.notes]
-    return Bundle(name, found.method, found.sites, found.tensors, found.head, map=known, notes=tuple(notes))
+    digest = hashlib.sha256(view[CONFIG] + view[WEIGHTS]).hexdigest()
+    kept: dict[str, Any] = {"map": known, "notes": tuple(notes), "digest": digest}
+    return Bundle(name, found.method, found.sites, found.tensors, found.head, **kept)
 
 
 def peft_files(view: commit.View, check: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -93,7 +93,7 @@ def decode(view: View, check: bool = True) -> Bundle:
     tensors = weights.matched(stored, lines.without_digests(text["tensors"]))
     if check:
         stored.require_finite()
-    base, digest = known.get("base", text["base"], _base)
+    base, base_digest = known.get("base", text["base"], _base)
     return Bundle(
         name=_typed(record, "name", str),
         method=method_of(record["method"]),
@@ -101,7 +101,8 @@ def decode(view: View, check: bool = True) -> Bundle:
         tensors=tensors,
         head=tuple(str(path) for path in _typed(record, "head", list)),
         base=base,
-        base_digest=digest,
+        digest=_typed(record, "digest", str),
+        base_digest=base_digest,
         facts=_typed(record, "facts", dict),
         training=_typed(record, "training", dict),
         labels=record["labels"],
