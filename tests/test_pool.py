@@ -94,8 +94,7 @@ def own(model: Any, name: str) -> int:
 
 
 def using(model: Any, name: Any) -> Tensor:
-    with adapters.using(model, name):
-        return output(model, BATCH)
+    return under(model, name, BATCH)
 
 
 # -- banks: adapters of one kind in one memory
@@ -298,6 +297,50 @@ def test_loads_and_removals_on_one_thread_forwards_on_others(
         for thread in threads:
             thread.join()
     assert not wrong, wrong[:2]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_mixed_batch_has_gathered_follows_its_adapters(
+    method: str, folders: dict[str, list[Path]], wanted: dict[Path, Tensor]
+) -> None:
+    """Tensors of many adapters are stacked once for a selection; not for longer than they are what they were."""
+    model, twin = fresh(), fresh()
+    names = [f"n{index}" for index in range(4)]
+    for each in (model, twin):
+        for name, folder in zip(names, folders[method], strict=False):
+            adapters.load(each, folder, name=name, activate=False)
+    chosen: list[Any] = [*names[:3], None, "n3", "n1"]
+    batch = tiny.inputs("llama", rows=6)
+
+    def check() -> None:
+        mixed = under(model, chosen, batch)
+        for row, name in enumerate(chosen):
+            assert relative(mixed[row], under(twin, name, batch)[row]) < 1e-5, (row, name)
+
+    check()
+    for changed in (model, twin):
+        with torch.no_grad():
+            for tensor in tensors_of(changed, "n1").values():
+                tensor.mul_(0.5)
+    check()
+    for changed in (model, twin):
+        adapters.swap(changed, "n2", folders[method][5])
+    check()
+    model.double()
+    twin.double()
+    check()
+    model.float()
+    twin.float()
+    check()
+    for changed in (model, twin):
+        adapters.detach(changed, "n0")
+        adapters.load(changed, folders[method][6], name="n0", activate=False)
+    check()
+
+
+def under(model: Any, selection: Any, batch: dict[str, Tensor]) -> Tensor:
+    with adapters.using(model, selection):
+        return output(model, batch)
 
 
 # -- the pool

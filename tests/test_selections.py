@@ -178,6 +178,7 @@ def splits() -> list[Any]:
         stack(split("a", None, at=(3,)), split(None, "b", at=(5,))),
         average(split("a", "b", at=(3,)), "c", weights=(0.4, 0.6)),
         split(split("a", "b", at=(2,)), "c", at=(4,)),
+        split("c", split("a", "b", at=(5,)), at=(2,)),  # whose tokens are counted from the first of all
     ]
 
 
