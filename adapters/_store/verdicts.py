@@ -2,10 +2,10 @@
 
 Comparing a base with its fingerprint takes 110 ms for SmolLM2; seeing that it is as it was when they were compared
 takes about 1 ms: the same parameters in the same places, by identity, version counter, storage, shape, dtype and
-device, and 16 values of each, spread over it, which have not changed.
+device, and 64 bytes at the beginning, in the middle and at the end of each, which have not changed.
 
 What this cannot see: a write through `.data`, through NumPy or by a kernel that torch does not know of (none of which
-counts as a version) that leaves all of those 16 values as they were.
+counts as a version) that leaves all of those bytes as they were.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping
+from ctypes import string_at
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,20 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach.container import Container
-from adapters._sharded import is_sharded
 from adapters._store.fingerprints import check, identity
 
-LOOKS = 16  # values of each parameter
+LOOK = 64  # bytes at each of three places of a parameter
 MOST = 64  # verdicts a model
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 @dataclass
 class _Seen:
     """A base as it was when it was compared, and what was found by (digest of the record, paths left out)."""
 
-    facts: list[tuple[Any, ...]]
-    alive: list[weakref.ref[nn.Parameter]]  # an id is reused when its object is gone
-    values: list[Tensor]
+    facts: list[Any]
+    parameters: list[nn.Parameter]  # held only while they are looked at
+    values: list[Tensor]  # three of each parameter whose bytes cannot be read in place
+    alive: list[weakref.ref[nn.Parameter]] = field(default_factory=list)  # an id is reused when its object is gone
     verdicts: dict[tuple[str, frozenset[str]], str] = field(default_factory=dict)
 
 
@@ -54,21 +56,25 @@ def same_base(recorded: Mapping[str, Any], digest: str, model: nn.Module, exclud
     with _lock:
         before = _seen.get(model)
     if before is None or not _same(before, found):
+        found.alive = [weakref.ref(parameter) for parameter in found.parameters]
         before = found
-    if key not in before.verdicts:
+    before.parameters = []
+    verdict = before.verdicts.get(key)
+    if verdict is None:
         verdict = check(recorded, model, exclude)  # what changes meanwhile differs from `found` the next time
         with _lock:
             if len(before.verdicts) >= MOST:
                 before.verdicts.clear()
             before.verdicts[key] = verdict
             _seen[model] = before
-    return before.verdicts[key]
+    return verdict
 
 
 def _same(before: _Seen, now: _Seen) -> bool:
     return (
         before.facts == now.facts
         and all(reference() is not None for reference in before.alive)
+        and len(before.values) == len(now.values)
         and all(map(torch.equal, before.values, now.values))
     )
 
@@ -76,18 +82,33 @@ def _same(before: _Seen, now: _Seen) -> bool:
 @torch.no_grad()
 def _look(model: nn.Module) -> _Seen | None:
     """The base as it is now; None where that cannot be told cheaply: sharded, offloaded or inference tensors."""
-    facts: list[tuple[Any, ...]] = [tuple(identity(model).values())]
-    looks: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    alive = []
+    facts: list[Any] = [*identity(model).values()]
+    elsewhere: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    parameters = []
     for name, parameter in _parameters(model):
-        if parameter.device.type == "meta" or parameter.is_inference() or is_sharded(parameter):
+        device, packed = parameter.device, getattr(parameter, "quant_state", None)
+        known = type(parameter) is nn.Parameter or packed is not None  # others may have no memory of their own
+        if not known or device == META or parameter.is_inference() or parameter.layout is not torch.strided:
             return None
-        kind = (parameter.dtype, parameter.device)
-        state = id(getattr(parameter, "quant_state", None))
-        facts.append((name, id(parameter), parameter._version, parameter.data_ptr(), parameter.shape, kind, state))
-        alive.append(weakref.ref(parameter))
-        looks.setdefault(kind, []).append(_values(parameter))
-    return _Seen(facts, alive, [torch.cat(values) for values in looks.values()])
+        if parameter.untyped_storage().nbytes() < parameter.nbytes:  # FSDP gave the memory back for a while
+            return None
+        address, version, held = parameter.data_ptr(), parameter._version, None
+        if device == CPU and parameter.is_contiguous():
+            held = _bytes(address, parameter.nbytes)
+        else:
+            flat = parameter.reshape(-1)
+            places = flat[:: max(1, (flat.numel() - 1) // 2)][:3]
+            elsewhere.setdefault((parameter.dtype, device), []).append(places)
+        facts += (name, id(parameter), version, address, parameter.shape, parameter.dtype, device, id(packed), held)
+        parameters.append(parameter)
+    return _Seen(facts, parameters, [torch.cat(places) for places in elsewhere.values()])
+
+
+def _bytes(address: int, size: int) -> bytes:
+    """The first bytes, those in the middle and the last: read in place, in a tenth of the time of torch's views."""
+    if size <= 3 * LOOK:
+        return string_at(address, size) if size else b""
+    return string_at(address, LOOK) + string_at(address + size // 2, LOOK) + string_at(address + size - LOOK, LOOK)
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -99,10 +120,3 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             if parameter is not None:
                 yield name, parameter
         waiting += [child for child in module._modules.values() if child is not None and type(child) is not Container]
-
-
-def _values(parameter: nn.Parameter) -> Tensor:
-    count = parameter.numel()
-    if not parameter.is_contiguous() or count <= LOOKS:
-        return parameter.reshape(-1)[:LOOKS]
-    return parameter.as_strided((LOOKS,), (count // LOOKS,), parameter.storage_offset() + count // (2 * LOOKS))
