@@ -207,6 +207,13 @@ def test_what_cannot_be_watched_is_compared_every_time(folder: Path, compared: l
     assert compared == [model, model]
 
 
+def test_a_compiled_model_has_the_base_inside(folder: Path, compared: list[nn.Module]) -> None:
+    model = tiny.build("llama")
+    adapters.load(torch.compile(model), folder, name="a")  # type: ignore[arg-type]
+    adapters.load(model, folder, name="b")
+    assert compared == [model]
+
+
 def with_gaps(model: Any) -> None:
     """The same weights, stored so that their rows do not follow each other."""
     for module in model.modules():

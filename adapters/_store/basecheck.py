@@ -24,8 +24,9 @@ def check_base(model: nn.Module, bundle: Bundle, force: str | None, check: bool 
     """
     if force not in (None, "wrong-base"):
         raise AdapterError(f"force is {force!r}; the only check that can be skipped is force='wrong-base'.")
+    model = unwrapped(model)
     if bundle.tokens is not None:
-        require_rows(unwrapped(model), bundle.tokens)  # first, because here the sentence can say what to do
+        require_rows(model, bundle.tokens)  # first, because here the sentence can say what to do
     if not check:
         require_sites(model, bundle)
         return UNCHECKED
