@@ -14,7 +14,6 @@ from adapters._sites import SiteMap
 from adapters._store.basecheck import check_base
 from adapters._store.bundle import Bundle, require_finite, versions
 from adapters._store.reading import open_folder
-from adapters._store.reading import resolve as resolve
 from adapters._store.reports import LoadReport
 
 Force = Literal["wrong-base"]
@@ -99,11 +98,6 @@ def opened(source: Source, model: nn.Module, check: bool = True) -> Bundle:
     if check and (source.seen is None or source.seen != versions(source.tensors)):
         require_finite(source.tensors, f"the adapter {source.name!r} in memory")
     return source
-
-
-def read_folder(model: nn.Module, folder: str | os.PathLike[str]) -> tuple[str, Bundle, list[str]]:
-    bundle = open_folder(folder, model)
-    return bundle.folder, bundle, list(bundle.notes)
 
 
 def _given(bundle: Bundle, source: Source, trainable: bool) -> Mapping[str, Tensor]:
