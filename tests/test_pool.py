@@ -30,6 +30,7 @@ COUNT = 8
 ROOM = r"memory|budget|bytes"
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},
+    "lora with biases": {"rank": 4, "bias": True},
     "dora": {"rank": 4},
     "ia3": {},
     "bottleneck": {"reduction_factor": 8.0},
@@ -49,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
         model = fresh()
         for index in range(COUNT):
             torch.manual_seed(index)
-            adapters.attach(model, method, name="made", **options)
+            adapters.attach(model, method.partition(" ")[0], name="made", **options)
             shake(model, "made", 100 + index, 0.5 if method == "ia3" else 0.08)
             folder = tmp_path_factory.mktemp(method) / f"n{index}"
             adapters.save(model, "made", folder)
@@ -419,7 +420,7 @@ def test_what_is_pinned_stays(folders: dict[str, list[Path]], wanted: dict[Path,
 
 
 def test_what_acts_is_not_pushed_out(folders: dict[str, list[Path]], wanted: dict[Path, Tensor]) -> None:
-    model, _, _ = pooled(folders, memory=2)
+    model, pool, _ = pooled(folders, memory=2)
     adapters.activate(model, "n0")
     for index in (1, 2, 3):
         assert torch.equal(using(model, f"n{index}"), wanted[folders["lora"][index]])
@@ -431,6 +432,7 @@ def test_what_acts_is_not_pushed_out(folders: dict[str, list[Path]], wanted: dic
             except AdapterError:
                 continue  # two act and a third has no room: said, not done
             assert torch.equal(inner, wanted[folders["lora"][index]])
+        assert {entry.name: entry.where for entry in pool.status().entries}["n5"] == "memory"
         assert torch.equal(output(model, BATCH), wanted[folders["lora"][5]])
 
 
@@ -611,6 +613,42 @@ def test_threads_that_activate_share_a_pool(
     finally:
         sys.setswitchinterval(before)
     assert not wrong, wrong[:2]
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_a_forward_under_way_keeps_what_is_pushed_out(
+    slots: int | None, folders: dict[str, list[Path]], wanted: dict[Path, Tensor]
+) -> None:
+    model = fresh()
+    adapters.load(model, folders["lora"][0], name="probe")
+    each = own(model, "probe")
+    adapters.detach(model, "probe")
+    pool = adapters.Pool(model, memory=2 * each, slots=slots)
+    for index in range(8):
+        pool.add(folders["lora"][index], name=f"n{index}")
+    adapters.activate(model, "n0")
+    busy: list[int] = []
+
+    def others() -> None:
+        for index in (1, 2, 3, 4, 5, 6, 7, 1, 2):
+            adapters.activate(model, f"n{index}")
+            busy.append(torch.equal(output(model, BATCH), wanted[folders["lora"][index]]))
+
+    def meanwhile(*_: Any) -> None:
+        if not busy:
+            busy.append(True)
+            thread = threading.Thread(target=others)
+            thread.start()
+            thread.join()
+
+    for place in (model.model.layers[0], model.model.layers[0].self_attn.q_proj, model.model.layers[1].mlp):
+        adapters.activate(model, "n0")
+        busy.clear()
+        handle = place.register_forward_hook(meanwhile)
+        assert torch.equal(output(model, BATCH), wanted[folders["lora"][0]])
+        handle.remove()
+        assert len(busy) == 10
+        assert all(busy)
 
 
 @pytest.mark.parametrize("slots", [None, 4])
