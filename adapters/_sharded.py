@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +45,11 @@ def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is a DTensor; where none was ever made, its module is not imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def writes(tensors: Iterable[Tensor]) -> bool:
+    """Whether this process writes the files of these tensors: where they are sharded, the first one alone."""
+    return not any(map(is_sharded, tensors)) or is_first_process()
 
 
 def is_first_process() -> bool:

@@ -210,6 +210,47 @@ def test_a_container_does_not_count_the_adapters_it_holds() -> None:
     assert relative(output(model, batch), before) > 1e-3
 
 
+class Hidden(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.inner(input_ids).last_hidden_state
+        return states
+
+
+class Passed(nn.Sequential):
+    """A root that runs all of its named children one after another, as a SentenceTransformer does."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        passed = input_ids
+        for _, module in self.named_children():
+            passed = module(passed)
+        return passed
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+def test_a_root_that_runs_its_children_has_no_further_one(method: str, tmp_path: Path) -> None:
+    def model() -> Passed:
+        torch.manual_seed(0)
+        return Passed(Hidden(made("bert", "encoder")[0]), nn.LayerNorm(tiny.HIDDEN)).eval()
+
+    batch = {"input_ids": torch.arange(12).view(2, 6)}
+    trained, served = model(), model()
+    adapters.attach(trained, method, name="fr", example=batch)
+    shake(trained, "fr")
+    adapters.save(trained, "fr", tmp_path)
+    adapters.load(served, tmp_path)
+    assert [name for name, _ in served.named_children()] == ["0", "1"]
+    expected = trained(**batch)
+    assert relative(expected, model()(**batch)) > 1e-3
+    torch.testing.assert_close(served(**batch), expected, rtol=1e-6, atol=1e-6)
+    moved = served.double()(**batch)  # frozen tensors are in memory that no child of the root holds
+    assert moved.dtype == torch.float64
+    torch.testing.assert_close(moved, trained.double()(**batch), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("type_", ["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "llama4_text"])
 def test_all_experts_are_adapted_by_default(type_: str) -> None:
     model, _ = made(type_, "causal")

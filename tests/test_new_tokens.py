@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from test_store_folder import forge
 from torch.nn.functional import cross_entropy
 
 import adapters
-from adapters import AdapterError
+from adapters import AdapterError, Average
 from adapters._attach import adapters_of, tensors_of
 from adapters._attach.factored import formed_densely
 from adapters._store.fingerprints import check, fingerprint
@@ -683,6 +684,22 @@ def _two(rank: int, folder: str) -> None:
             assert grad.norm() > 0
             torch.testing.assert_close(grads[1][key], grad, rtol=1e-5, atol=1e-6)
         adapters.save(model, "fr", f"{folder}/{tied}")
+    composed = llama()
+    for seed, name in enumerate(("de", "it")):
+        adapters.attach(composed, "lora", name=name)
+        shake(composed, name, seed=seed)
+    adapters.compose(composed, "both", Average("de", "it", weights=[0.25, 0.75]))
+    adapters.activate(composed, "both")
+    expected = output(composed, batch())
+    for part in (*composed.model.layers, composed):
+        fully_shard(part, mesh=mesh)
+    report = adapters.save(composed, "both", f"{folder}/both")  # all call, and one writes: once
+    dist.barrier()
+    assert set(report.files) == set(os.listdir(report.folder))
+    again = llama()
+    adapters.load(again, report.folder)
+    assert relative(expected, output(llama(), batch())) > 1e-3
+    torch.testing.assert_close(output(again, batch()), expected, rtol=1e-5, atol=1e-6)
     split = llama()
     adapters.attach(split, "lora", name="fr", tokens=IDS, targets=["attention.value"])
     divided = distribute_tensor(split.lm_head._parameters["weight"].detach(), mesh, [Shard(0)])

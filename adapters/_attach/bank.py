@@ -13,7 +13,7 @@ from math import prod
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters._contract import Method, Site
 
@@ -170,24 +170,3 @@ def _view(blocks: list[Tensor], place: Place) -> Tensor:
 def key_of(method: Method, sites: tuple[Site, ...], tensors: Mapping[str, Tensor]) -> Key:
     """What makes two adapters of one layout."""
     return method, sites, tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(tensors.items()))
-
-
-class Bank(nn.Module):
-    """A child of the root, through which rows follow the model to other devices and dtypes."""
-
-    is_adapter_container = True
-
-    def __init__(self, state: Any) -> None:
-        super().__init__()
-        self.state = state
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        rows: list[Row] = self.state.rows()
-        for layout in {id(row.layout): row.layout for row in rows}.values():
-            layout.apply(fn)
-            if layout.table is not None:
-                layout.table.apply(fn)
-        for row in rows:
-            row.apply(fn)
-        self.state.layouts.clear()  # the next adapter of a kind may be on another device, or of another dtype
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -11,15 +11,13 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from adapters._attach.bank import Bank, Layout, Row, key_of
+from adapters._attach.bank import Layout, Row, key_of
 from adapters._attach.compiled import tabled
-from adapters._attach.container import CHILD, Container, Entry
+from adapters._attach.container import Entry
 from adapters._attach.entries import Made, device_of, drop_slot, make_entries
 from adapters._attach.state import Adapter, State
 from adapters._attach.table import Table
 from adapters._attach.traits import traits_of
-
-BANK = "bank"  # the name of the bank among the root's entries
 
 
 def prepared(
@@ -49,7 +47,6 @@ def prepared(
             change.entry._parameters.clear()
     _watch(model, layout)
     state.layouts[key] = layout
-    made.append(Made("", BANK, _bank(model, state), ""))
     return dataclasses.replace(adapter, row=row, traits=layout.traits), made
 
 
@@ -64,20 +61,12 @@ def release(model: nn.Module, state: State, adapter: Adapter, others: Iterable[A
         state.layouts.pop(adapter.row.layout.key, None)
         state.kinds = [layout for layout in state.kinds if layout is not adapter.row.layout]
         drop_slot(model, adapter.slot)
-    if not rows:
-        drop_slot(model, BANK)
 
 
 def _watch(model: nn.Module, layout: Layout) -> None:
     """A swap may replace the last adapter of a kind while someone still runs it: its modules go with the layout."""
     weakref.finalize(layout, _drop_slot, weakref.ref(model), layout.slot).atexit = False
     layout.watched = True
-
-
-def _bank(model: nn.Module, state: State) -> Bank:
-    held = model._modules.get(CHILD)
-    found = held._modules.get(BANK) if isinstance(held, Container) else None
-    return found if isinstance(found, Bank) else Bank(state)
 
 
 def _traits(adapter: Adapter, made: Iterable[Made]) -> object:

@@ -13,7 +13,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adapters._attach.at_module import changed, read_under, scaled_arguments
 from adapters._attach.batches import GENERATE, bound, by_selection, of_generate, padding, refuse_in_compiled_code
@@ -21,6 +21,8 @@ from adapters._attach.chain import without_container
 from adapters._attach.container import CHILD, Container
 from adapters._attach.inputs import input_call, is_cut_off
 from adapters._attach.inside import WRITTEN, written_call
+from adapters._attach.moved import moving
+from adapters._attach.recomputed import get_checkpointing, set_checkpointing
 from adapters._attach.signature import forward_parameters
 from adapters._attach.state import (
     ENTER,
@@ -28,7 +30,6 @@ from adapters._attach.state import (
     STATE,
     Acting,
     State,
-    carrying,
     holding,
     is_outermost,
     notes,
@@ -99,6 +100,7 @@ def _made_class(base: Any, faces: frozenset[str], further: frozenset[str]) -> ty
     if ENTER in faces or PREPARE in faces:
         space["__call__"] = _root_call(space.get("__call__", base.__call__), ENTER in faces)
     if ENTER in faces:
+        space["_apply"] = moving(base._apply)
         if hasattr(base, "generate"):
             space["generate"] = _root_generate(base.generate)
         if hasattr(base, "save_pretrained"):
@@ -106,7 +108,7 @@ def _made_class(base: Any, faces: frozenset[str], further: frozenset[str]) -> ty
         if hasattr(base, "_hf_peft_config_loaded"):
             space["_hf_peft_config_loaded"] = property(_trains_on_a_quantised_base)
     if CHECKPOINT in faces:
-        space["_gradient_checkpointing_func"] = property(_get_checkpointing, _set_checkpointing)
+        space["_gradient_checkpointing_func"] = property(get_checkpointing, set_checkpointing)
     if STATISTICS in faces:
         space["training"] = property(lambda self: False, lambda self, mode: self.__dict__.update(training=mode))
     for face in faces:
@@ -272,34 +274,3 @@ def _reader(parameter: str) -> Callable[[nn.Module], Any]:
         return stored
 
     return read
-
-
-def _get_checkpointing(self: nn.Module) -> Callable[..., Any]:
-    """The checkpoint function, carrying the selection into the recomputation, whoever sets it and whenever."""
-    state: State | None = self.__dict__.get(STATE)
-    try:
-        raw: Callable[..., Any] = self.__dict__["_gradient_checkpointing_func"]
-    except KeyError:
-        raise AttributeError("_gradient_checkpointing_func") from None
-    if state is None:
-        return raw
-
-    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if getattr(raw, "keywords", {}).get("use_reentrant"):
-            args = _requiring_grad(args)
-        return raw(carrying(function, state, selection(state)), *args, **kwargs)
-
-    return checkpoint
-
-
-def _requiring_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Reentrant checkpointing makes no gradients for a layer none of whose inputs requires one, as in a frozen base."""
-    floating = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
-    if not floating or not torch.is_grad_enabled() or any(args[i].requires_grad for i in floating):
-        return args
-    first = floating[0]
-    return (*args[:first], args[first].detach().requires_grad_(), *args[first + 1 :])
-
-
-def _set_checkpointing(self: nn.Module, function: Callable[..., Any]) -> None:
-    self.__dict__["_gradient_checkpointing_func"] = function

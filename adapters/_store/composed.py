@@ -15,6 +15,7 @@ from adapters._attach import adapters_of, compose, detach, state_of, tensors_of
 from adapters._contract import FusionMethod
 from adapters._errors import AdapterError
 from adapters._selection import expanded, from_record, names_in
+from adapters._sharded import writes
 from adapters._store.bundle import CARD, PARTS, RECORD, Bundle
 from adapters._store.card import composition_card, ours
 from adapters._store.loading import Force, Source
@@ -61,12 +62,15 @@ def save(
         own, report = prepared(model, name, folder, dtype, facts)
     else:
         report = save_adapter(model, name, folder, dtype, facts)
-        drop_parts(report.folder, kept=set())
+        if writes(_tensors(model, name)):
+            drop_parts(report.folder, kept=set())
         return report
-    written = {part: _save_part(model, part, folder, dtype) for part in parts}
-    files = {**own, PARTS: parts_record(name, selection, written)}
-    put_top(folder, files, {part["folder"] for part in written.values()})
     tensors = [tensor for part in (*parts, *([name] if own.get(RECORD) else [])) for tensor in _tensors(model, part)]
+    write = writes(tensors)
+    written = {part: _save_part(model, part, folder, dtype, write) for part in parts}
+    files = {**own, PARTS: parts_record(name, selection, written)}
+    if write:
+        put_top(folder, files, {part["folder"] for part in written.values()})
     sizes = {key: len(content) for key, content in files.items()}
     sizes |= {part["folder"]: part["bytes"] for part in written.values()}
     count = sum(tensor.numel() for tensor in tensors)
@@ -147,10 +151,10 @@ def _summed(top: LoadReport, parts: Sequence[LoadReport], names: Iterable[str]) 
 
 
 def _save_part(
-    model: nn.Module, name: str, folder: str | os.PathLike[str], dtype: torch.dtype | str | None
+    model: nn.Module, name: str, folder: str | os.PathLike[str], dtype: torch.dtype | str | None, write: bool
 ) -> dict[str, Any]:
     adapter = adapters_of(model)[name]
-    return put_part(folder, name, adapter.method, adapter.sites, prepared(model, name, folder, dtype, None)[0])
+    return put_part(folder, name, adapter.method, adapter.sites, prepared(model, name, folder, dtype, None)[0], write)
 
 
 def _part(place: str, name: str, entry: Mapping[str, Any], model: nn.Module) -> Bundle:

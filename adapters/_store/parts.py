@@ -35,9 +35,14 @@ def parts_record(name: str, selection: Part, parts: Mapping[str, Any]) -> bytes:
 
 
 def put_part(
-    folder: str | os.PathLike[str], name: str, method: Method, sites: Iterable[Site], files: Mapping[str, bytes]
+    folder: str | os.PathLike[str],
+    name: str,
+    method: Method,
+    sites: Iterable[Site],
+    files: Mapping[str, bytes],
+    write: bool = True,
 ) -> dict[str, Any]:
-    """Where a part is, written unless it is there already."""
+    """Where a part is, written unless it is there already; `write` is False on processes that leave it to another."""
     content = _text([name, method_record(method), [site.path for site in sites]]) + files[WEIGHTS]
     where = f"part-{sha(content)[:16]}"
     place = os.path.join(os.fspath(folder), where)
@@ -45,7 +50,8 @@ def put_part(
         open_folder(place, None)
         with commit.reading(place) as view:
             return {"folder": where, "record": sha(view[RECORD]), "bytes": sum(map(view.size, view))}
-    commit.write(place, files, set(OWNED))
+    if write:
+        commit.write(place, files, set(OWNED))
     return {"folder": where, "record": sha(files[RECORD]), "bytes": sum(map(len, files.values()))}
 
 

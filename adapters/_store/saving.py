@@ -18,7 +18,7 @@ from adapters._attach import Adapter, adapters_of, state_of, tensors_of
 from adapters._errors import AdapterError, DamagedAdapter, nearest
 from adapters._interop.peft_tokens import with_tokens
 from adapters._interop.peft_write import PeftFiles, express, marker
-from adapters._sharded import is_first_process, is_sharded, require_gatherable, whole
+from adapters._sharded import is_sharded, require_gatherable, whole, writes
 from adapters._store import commit
 from adapters._store.bundle import CARD, CONFIG, OWNED, RECORD, WEIGHTS, Bundle, method_record, require_finite
 from adapters._store.card import card, ours
@@ -52,7 +52,7 @@ def save(
     """
     files, saved = prepared(model, name, folder, dtype, facts)
     owned = set(OWNED) - (set() if CARD in files else {CARD})
-    if not any(map(is_sharded, tensors_of(model, name).values())) or is_first_process():
+    if writes(tensors_of(model, name).values()):
         commit.write(folder, files, owned)
     return saved
 
