@@ -5,6 +5,7 @@ from adapters._attach import (
     positions,  # prepares position ids before forwards with a prefix
     products,  # the shortcuts of factored weights
 )
+from adapters._attach.bank import Given
 from adapters._attach.choose import SelectionReport
 from adapters._attach.compiled import use_tables
 from adapters._attach.heads import bare_copy
@@ -28,6 +29,7 @@ from adapters._attach.weights import base_weight
 __all__ = [
     "Adapter",
     "AttachReport",
+    "Given",
     "SelectionReport",
     "Tokens",
     "activate",

@@ -36,7 +36,7 @@ def prepared(
         return dataclasses.replace(adapter, slot=layout.slot, row=Row(layout, tensors), traits=layout.traits), []
     adapter = dataclasses.replace(adapter, slot=state.new_slot())
     made = make_entries(model, adapter, tensors)
-    layout = Layout(adapter.slot, key, {site.path: device_of(model, site) for site in adapter.sites})
+    layout = Layout(adapter.slot, key, {site.path: device_of(model, site) for site in adapter.sites}, tensors)
     layout.traits = _traits(adapter, made)
     if state.slots and tabled(layout, [change.entry for change in made if change.entry is not None]):
         layout.table = Table(layout, state.slots)

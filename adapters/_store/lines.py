@@ -16,6 +16,7 @@ from adapters._store.frozen import thaw
 
 ALTERED = f"{RECORD} was altered after it was written: its text is not the canonical one."
 FIRST, LAST = b"{\n", b"\n}\n"
+ENDS = (b",", b"")  # of a line, and of the last one
 TENSOR_DIGEST = re.compile(rb'"sha256": "[0-9a-f]{64}"')  # quotes in a string are escaped: this is always a member
 NO_DIGEST = b'"sha256": ""'
 
@@ -30,14 +31,19 @@ def split(raw: bytes) -> dict[str, bytes] | None:
     """The text of each field's value, or None where `raw` has not the form of `text`."""
     if not (raw.startswith(FIRST) and raw.endswith(LAST)):
         return None
-    found = {}
-    *before, last = raw[len(FIRST) : -len(LAST)].split(b"\n")
-    for line in (*before, last + b","):
-        key, colon, value = line.partition(b": ")
-        if not (colon and key.isascii() and key[:1] == key[-1:] == b'"' and key[1:-1].isalpha() and line[-1:] == b","):
+    keys, found = [], {}
+    start, end = len(FIRST), len(raw) - len(LAST)
+    while start <= end:  # by position: a record of a megabyte is not copied more than once
+        stop = raw.find(b"\n", start, end)
+        stop, comma = (stop, stop - 1) if stop >= 0 else (end, end)
+        colon = raw.find(b": ", start, comma)
+        key = raw[start : max(colon, start)]
+        if not (key.isascii() and key[:1] == key[-1:] == b'"' and key[1:-1].isalpha() and raw[comma:stop] in ENDS):
             return None
-        found[key[1:-1].decode()] = value[:-1]
-    return found if len(found) == len(before) + 1 and list(found) == sorted(found) else None
+        keys.append(key[1:-1].decode())
+        found[keys[-1]] = raw[colon + 2 : comma]
+        start = stop + 1
+    return found if keys and len(found) == len(keys) and keys == sorted(keys) else None
 
 
 def value_of(line: bytes) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from adapters._attach import adapters_of, install, labels_of, replace, state_of
+from adapters._attach import Given, adapters_of, install, labels_of, replace, state_of
 from adapters._errors import AdapterError, nearest
 from adapters._sites import SiteMap
 from adapters._store.basecheck import check_base
@@ -108,7 +108,7 @@ def _given(bundle: Bundle, source: Source, trainable: bool) -> Mapping[str, Tens
     shared = bundle is source and (bundle.head or bundle.tokens is not None)
     if trainable or shared:
         return {key: tensor.clone() for key, tensor in bundle.tensors.items()}
-    return bundle.tensors
+    return bundle.tensors if bundle is source else Given(bundle.tensors)
 
 
 def _kept(bundle: Bundle) -> dict[str, Any]:

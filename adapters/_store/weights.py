@@ -10,7 +10,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
+from operator import itemgetter
 from typing import Any
 
 import safetensors
@@ -41,12 +43,13 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbours of one dtype: `sizes` elements each, from byte `start` to `stop` of the data."""
+    """Neighbours of one dtype, from byte `start` to `stop` of the data: of each its shape, its strides, and the element
+    of the data at which it begins."""
 
     dtype: torch.dtype
     start: int
     stop: int
-    sizes: tuple[int, ...]
+    views: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,17 @@ class Layout:
     """Where the tensors are: in the order in which they lie in the file."""
 
     names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
     runs: tuple[Run, ...]
     size: int  # bytes of the data
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors of a file, flat, in its order, and the stretches of one dtype that they are views of."""
+    """The tensors of a file, in its order, and the stretches of one dtype that they are views of."""
 
     header: bytes
     names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    flat: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
     runs: tuple[Tensor, ...]
 
     def require_finite(self) -> None:
@@ -78,7 +78,7 @@ class Stored:
         """
         if all(finite(run) for run in self.runs if run.is_floating_point()):
             return
-        for name, tensor in zip(self.names, self.flat, strict=True):
+        for name, tensor in zip(self.names, self.tensors, strict=True):
             if tensor.is_floating_point() and not finite(tensor):
                 raise DamagedAdapter(f"{WEIGHTS}: the tensor {name} holds values that are not finite.")
 
@@ -137,13 +137,13 @@ def unpack(file: File) -> Stored:
     layout = known.get("header", file.header, lambda _: _layout(file))
     if layout is None:
         found = dict(sorted(file.parse().items()))
-        flat = tuple(tensor.reshape(-1) for tensor in found.values())
-        return Stored(file.header, tuple(found), tuple(tuple(tensor.shape) for tensor in found.values()), flat, flat)
+        return Stored(file.header, tuple(found), tuple(found.values()), tuple(found.values()))
     if file.data.numel() != layout.size:
         raise DamagedAdapter(f"{WEIGHTS} is truncated or damaged: it has {file.data.numel():,} bytes of tensors.")
     runs = tuple(file.data[run.start : run.stop].view(run.dtype) for run in layout.runs)
-    parts = [part for run, here in zip(runs, layout.runs, strict=True) for part in torch.split(run, list(here.sizes))]
-    return Stored(file.header, layout.names, layout.shapes, tuple(parts), runs)
+    # half the time of splitting, and viewing each part in its shape
+    views = [run.as_strided(*view) for run, here in zip(runs, layout.runs, strict=True) for view in here.views]
+    return Stored(file.header, layout.names, tuple(views), runs)
 
 
 def parse(weights: bytes) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ def parse(weights: bytes) -> dict[str, Tensor]:
     rest = bytearray(weights[start:])
     data = torch.frombuffer(rest, dtype=torch.uint8) if rest else torch.empty(0, dtype=torch.uint8)
     stored = unpack(File(weights[:start], data))
-    return dict(zip(stored.names, map(Tensor.view, stored.flat, stored.shapes), strict=True))
+    return dict(zip(stored.names, stored.tensors, strict=True))
 
 
 def matched(stored: Stored, template: bytes) -> dict[str, Tensor]:
@@ -169,10 +169,11 @@ def matched(stored: Stored, template: bytes) -> dict[str, Tensor]:
         DamagedAdapter: others are stored than recorded.
     """
     found = known.get("tensors", stored.header + template, lambda _: _matches(stored, lines.value_of(template)))
-    return {key: stored.flat[i].view(shape) for key, i, shape in found}
+    return {key: stored.tensors[i] if shape is None else stored.tensors[i].view(shape) for key, i, shape in found}
 
 
-def _matches(stored: Stored, expected: Any) -> list[tuple[str, int, tuple[int, ...]]]:
+def _matches(stored: Stored, expected: Any) -> list[tuple[str, int, tuple[int, ...] | None]]:
+    """Of each tensor our name, its number in the file, and the shape in which it is seen if that is another one."""
     if not isinstance(expected, dict) or not all(map(_describes, expected.values())):
         raise DamagedAdapter(f"{RECORD}: tensors are not described as this version does it.")
     by_file_key = {entry["file_key"]: key for key, entry in expected.items()}
@@ -184,10 +185,11 @@ def _matches(stored: Stored, expected: Any) -> list[tuple[str, int, tuple[int, .
     index = {name: i for i, name in enumerate(stored.names)}
     matches = []
     for name, key in by_file_key.items():
-        tensor, entry = stored.flat[index[name]], expected[key]
+        tensor, entry = stored.tensors[index[name]], expected[key]
         if tensor.numel() != prod(entry["shape"]) or name_of(tensor.dtype) != entry["dtype"]:
             raise DamagedAdapter(f"{WEIGHTS}: {name} has another shape or type than {RECORD} says.")
-        matches.append((key, index[name], tuple(entry["shape"])))
+        shape = tuple(entry["shape"])
+        matches.append((key, index[name], None if shape == tensor.shape else shape))
     return matches
 
 
@@ -226,20 +228,19 @@ def _layout(file: File) -> Layout | None:
     size = file.data.numel()
     if runs is None or not aligned or (runs[-1].stop if runs else 0) != size:
         return None
-    return Layout(names, shapes, dtypes, runs, size)
+    return Layout(names, runs, size)
 
 
 def _runs(
     dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, ...]], offsets: Sequence[tuple[int, ...]]
 ) -> tuple[Run, ...] | None:
     """Neighbours of one dtype put together; None unless the tensors follow each other without a gap."""
-    groups: list[tuple[torch.dtype, int, list[int]]] = []
-    end = 0
+    end, placed = 0, []
     for dtype, shape, (start, stop) in zip(dtypes, shapes, offsets, strict=True):
         if start != end or stop - start != prod(shape) * dtype.itemsize:
             return None
-        if not groups or groups[-1][0] != dtype:
-            groups.append((dtype, start, []))
-        groups[-1][2].append(prod(shape))
+        strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+        placed.append((dtype, start, stop, (shape, strides, start // dtype.itemsize)))
         end = stop
-    return tuple(Run(dtype, start, start + sum(sizes) * dtype.itemsize, tuple(sizes)) for dtype, start, sizes in groups)
+    groups = [list(group) for _, group in groupby(placed, key=itemgetter(0))]
+    return tuple(Run(group[0][0], group[0][1], group[-1][2], tuple(view for *_, view in group)) for group in groups)
