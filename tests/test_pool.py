@@ -23,7 +23,7 @@ from torch import Tensor
 
 import adapters
 from adapters import AdapterError
-from adapters._attach import adapters_of, tensors_of
+from adapters._attach import adapters_of, bank, tensors_of
 
 BATCH = tiny.inputs("llama")
 COUNT = 8
@@ -136,6 +136,31 @@ def test_an_adapter_costs_its_own_bytes(
     adapters.detach(model, "first")
     assert torch.equal(output(model, BATCH), output(frozen(fresh()), BATCH))
     assert not any("adapters" in path.split(".") for path, _ in model.named_modules())
+
+
+def test_only_the_adapters_used_last_keep_views(
+    folders: dict[str, list[Path]], wanted: dict[Path, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bank, "VIEWED", 3)
+    model, places = fresh(), folders["lora"]
+    for index, folder in enumerate(places):
+        adapters.load(model, folder, name=str(index), activate=False)
+    rows = {name: adapter.row for name, adapter in adapters_of(model).items()}
+
+    def viewed() -> set[str]:
+        return {name for name, row in rows.items() if row is not None and row._views}
+
+    assert viewed() == set()
+    for index, folder in enumerate(places):
+        with adapters.using(model, str(index)):
+            assert torch.equal(output(model, BATCH), wanted[folder])
+        assert viewed() == {str(i) for i in range(max(0, index - 2), index + 1)}
+    for _ in range(2):  # more act at once than keep views
+        adapters.activate(model, ["0", "1", "2", "3", "4", "5"])
+        batch = {key: value[:1].expand(6, -1) for key, value in BATCH.items()}
+        for row, folder in zip(output(model, batch), places, strict=False):
+            torch.testing.assert_close(row, wanted[folder][0], rtol=1e-5, atol=1e-5)
+    assert len(viewed()) <= 3
 
 
 def test_banks_grow_and_shrink_beside_each_other(folders: dict[str, list[Path]], wanted: dict[Path, Tensor]) -> None:
