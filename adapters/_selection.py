@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, Union
 
 from adapters._errors import AdapterError
@@ -19,8 +19,25 @@ Part: TypeAlias = Union[str, "Stack", "Average", "Split", "Parallel", None]
 Selection: TypeAlias = Part | list[Part] | tuple[Part, ...]
 
 
-@dataclass(frozen=True, init=False, repr=False)
-class Stack:
+class Composed:
+    """Compared by value. Every choice of adapters asks for the hash, which is therefore found once."""
+
+    parts: tuple[Part, ...]
+    _key: tuple[Any, ...]
+    _hash: int
+
+    def __eq__(self, other: Any) -> bool:
+        return self is other or (type(self) is type(other) and self._key == other._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        return from_record, (record_of(self),)  # hashes of texts differ from process to process
+
+
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class Stack(Composed):
     """The parts one after the other: `f_b(f_a(W))` at a weight, `f_b(x, f_a(x, y))` at a stream, `[P_a; P_b; k]`.
 
     For low-rank changes that is the sum of both.
@@ -39,8 +56,8 @@ class Stack:
         return f"Stack({_listed(self.parts)})"
 
 
-@dataclass(frozen=True, init=False, repr=False)
-class Average:
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class Average(Composed):
     """`W + sum_p w_p (f_p(W) - W)` at a weight, `y + sum_p w_p (f_p(x, y) - y)` at a stream, `sum_p w_p P_p`.
 
     Weights are 1 / n unless given, and need not sum to 1: task arithmetic is an Average with weights of any size and
@@ -70,8 +87,8 @@ class Average:
         return f"Average({_listed(self.parts)}, weights={self.weights})"
 
 
-@dataclass(frozen=True, init=False, repr=False)
-class Split:
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class Split(Composed):
     """Parts by token: the first acts on tokens [0, at[0]), the next on [at[0], at[1]), the last on all that follow.
 
     Tokens are counted from the first of the sequence, in a step of generation too.
@@ -97,8 +114,8 @@ class Split:
         return f"Split({_listed(self.parts)}, at={self.at})"
 
 
-@dataclass(frozen=True, init=False, repr=False)
-class Parallel:
+@dataclass(frozen=True, init=False, repr=False, eq=False)
+class Parallel(Composed):
     """One input, several outputs: the batch is repeated once per part, and the outputs are those of part after part.
 
     Only as the outermost selection.
@@ -136,8 +153,7 @@ def expanded(selection: Part, named: Mapping[str, Part]) -> Part:
         return expanded(named[selection], named)
     if selection is None or isinstance(selection, str):
         return selection
-    more = {key: value for key, value in vars(selection).items() if key != "parts"}
-    made: Part = type(selection)(*(expanded(part, named) for part in selection.parts), **more)
+    made: Part = type(selection)(*(expanded(part, named) for part in selection.parts), **_more(selection))
     return made
 
 
@@ -145,7 +161,7 @@ def record_of(selection: Part) -> Any:
     """A selection as JSON."""
     if selection is None or isinstance(selection, str):
         return selection
-    more = {key: list(value) for key, value in vars(selection).items() if key != "parts"}
+    more = {key: list(value) for key, value in _more(selection).items()}
     return {"kind": type(selection).__name__, "parts": [record_of(part) for part in selection.parts], **more}
 
 
@@ -184,6 +200,12 @@ def _listed(parts: tuple[Part, ...]) -> str:
     return ", ".join(map(repr, parts))
 
 
+def _more(selection: Any) -> dict[str, Any]:
+    """What a selection has beside its parts."""
+    return {each.name: getattr(selection, each.name) for each in fields(selection) if each.name != "parts"}
+
+
 def _set(owner: object, **values: object) -> None:
-    for key, value in values.items():
-        object.__setattr__(owner, key, value)  # of a frozen dataclass
+    key = tuple(values.values())
+    for name, value in (*values.items(), ("_key", key), ("_hash", hash((type(owner), key)))):
+        object.__setattr__(owner, name, value)  # of a frozen dataclass

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
+from random import Random
 from statistics import mean
 from typing import Any
 
@@ -28,6 +29,8 @@ from benchmarks.fleet import LORA8, fleet, folders, keep, load_ours, load_theirs
 from benchmarks.measure import Pair, Row, Side, Unit
 from benchmarks.storing import total
 from benchmarks.twins import NAME, Setting, close, saved, twins
+
+CHOICES = 100  # of one measurement, each of another selection
 
 
 def _load(setting: Setting) -> Pair:
@@ -98,18 +101,32 @@ def _switch(setting: Setting) -> Pair:
     )
 
 
-def _choose(setting: Setting, selection: Callable[[int], Any]) -> Pair:
-    here, made = fleet(setting), selection(setting.mixed)
-    return Pair(Side(lambda: adapters.activate(here.ours, made), after=lambda _: adapters.activate(here.ours, None)))
+def _choose(setting: Setting, selection: Callable[[list[str], int], Any]) -> Pair:
+    """Each time one that was never chosen before, made before the clock starts."""
+    here, order = fleet(setting), Random(0)
+    names = [str(i) for i in range(setting.adapters)]
+    made: list[Any] = []
+
+    def before() -> None:
+        made[:] = [selection(order.sample(names, len(names)), setting.mixed) for _ in range(CHOICES)]
+
+    def choose() -> None:
+        adapters.activate(here.ours, made.pop())
+
+    return Pair(Side(choose, before, after=lambda _: adapters.activate(here.ours, None)))
 
 
-def _row_list(rows: int) -> Any:
-    return [str(i) for i in range(rows)]
+def _row_list(names: list[str], rows: int) -> Any:
+    return [names[i % len(names)] for i in range(rows)]
 
 
-def _nested(rows: int) -> Any:
-    some = [adapters.Stack("0", "1"), adapters.Average("2", "3", weights=(0.3, 0.7)), None, "4"]
-    return [some[i % len(some)] for i in range(rows)]
+def _stacks(names: list[str], rows: int) -> Any:
+    return [adapters.Stack(names[i % len(names)], names[(5 * i + 1) % len(names)]) for i in range(rows)]
+
+
+def _average(names: list[str], rows: int) -> Any:
+    some = names[:4]
+    return adapters.Average(*some, weights=[0.1 * i for i in range(1, len(some) + 1)])
 
 
 def _swaps(setting: Setting, label: str) -> tuple[Any, Any, list[Path]]:
@@ -234,8 +251,9 @@ ROWS = [
     Row("load 50 adapters r8", _load, limit=0.04, most_pairs=1, warm=False),
     Row("the last ten of 50 loads beside the first ten", _growth, gated=False, units=("ratio",), most_pairs=1),
     Row("switch among 50 adapters, twice", _switch, calls=3),
-    Row("activate a list of 32 rows", partial(_choose, selection=_row_list), peer="", gated=False, calls=100),
-    Row("activate a nested list of 32 rows", partial(_choose, selection=_nested), peer="", gated=False, calls=100),
+    Row("activate a new average of 4", partial(_choose, selection=_average), peer="", gated=False, calls=CHOICES),
+    Row("activate a new list of 32 rows", partial(_choose, selection=_row_list), peer="", gated=False, calls=CHOICES),
+    Row("activate a new list of 32 stacks of 2", partial(_choose, selection=_stacks), "", False, calls=CHOICES),
     *map(_beside_peft, ("checked", "unchecked", "from memory")),
     *(_beside_the_floor(how, most) for how, most in {"checked": 3, "unchecked": 2, "from memory": 2}.items()),
     Row("pool of 500 r4: memory per byte", partial(_memory, part=0), "", False, units=("ratio",), most_pairs=1),

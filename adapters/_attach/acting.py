@@ -111,7 +111,7 @@ def _each(call: Any, change: Pick, rows: int) -> Any:
     return tuple(map(changed, args)), {key: changed(value) for key, value in kwargs.items()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Chain:
     """One after the other."""
 
@@ -146,7 +146,7 @@ def _run(adapter: Adapter, entry: AtSite, here: Here, y: Tensor, owned: bool = F
     return whole.reshape(y.shape[0], -1, *whole.shape[1:])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Mean:
     """`y + sum_i w_i (f_i(y) - y)`; what is added whatever y is goes in with its weight, without the difference."""
 

@@ -16,6 +16,7 @@ from adapters._errors import AdapterError
 from adapters._selection import Average, Parallel, Part, Selection, Split, Stack
 
 REMEMBERED = 256  # selections
+PARTS = 4096  # of selections; a name, and what it means, takes 0.1 KB, a composition 0.5 KB
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def resolve(state: State, selection: Selection) -> Acting:
     """
     if selection is None:
         return NOBODY
-    cache = state.resolved  # replaced together with the adapters
+    resolved = state.resolved  # replaced together with the adapters
+    cache, nodes = resolved.selections, resolved.nodes
     value: Any = tuple(selection) if isinstance(selection, list) else selection
     try:
         found = cache.get(value)
@@ -51,7 +53,9 @@ def resolve(state: State, selection: Selection) -> Acting:
         raise AdapterError(f"{selection!r} is no selection of adapters: {error}.") from error
     if found is None:
         base = len(state.labels) if state.labels else None
-        found = _resolved(state.adapters, state.named, value, base)
+        if len(nodes) > PARTS:
+            nodes.clear()
+        found = _resolved(_Meaning(state.adapters, state.named, base, nodes), value)
         if len(cache) >= REMEMBERED:
             cache.clear()
         cache[value] = found
@@ -67,12 +71,13 @@ def report_of(acting: Acting) -> SelectionReport:
 
 def base_outputs(parts: tuple[Node, ...], base: int | None) -> int | None:
     """How many labels the base's head has, if a row uses that."""
+    if base is None:
+        return None
     return base if any(not any(each.head for each in adapters_in(part)) for part in parts) else None
 
 
-def _resolved(adapters: Mapping[str, Adapter], named: Mapping[str, Part], value: Chosen, base: int | None) -> Acting:
-    """`base`: the number of labels of the base's own head, where adapters have heads."""
-    meaning = _Meaning(adapters, named, base, {})
+def _resolved(meaning: _Meaning, value: Chosen) -> Acting:
+    base = meaning.base
     if isinstance(value, tuple | Parallel):
         parts = tuple(map(meaning.node, value if isinstance(value, tuple) else value.parts))
         if not parts:
@@ -92,29 +97,35 @@ def _resolved(adapters: Mapping[str, Adapter], named: Mapping[str, Part], value:
 
 @dataclass(frozen=True)
 class _Meaning:
-    """What the parts of one selection mean; equal parts are one node."""
+    """What parts of selections mean; equal parts are one node.
+
+    `base`: the number of labels of the base's own head, where adapters have heads.
+    """
 
     adapters: Mapping[str, Adapter]
     named: Mapping[str, Part]
     base: int | None
-    nodes: dict[Part, Node]
+    nodes: dict[Part, Node]  # those that are known already
 
     def node(self, part: Part) -> Node:
-        if part not in self.nodes:
-            self.nodes[part] = self._made(part)
-        return self.nodes[part]
+        found = self.nodes.get(part)
+        if found is None and part is not None:
+            found = self.nodes[part] = self._made(part)
+        return found
 
     def _made(self, part: Part) -> Node:
-        if part is None:
-            return None
         if isinstance(part, str):
             return self.node(self.named[part]) if part in self.named else self._attached(part)
-        if not isinstance(part, Stack | Average | Split):
-            raise AdapterError(f"{part!r} is no selection: a name, None, Stack, Average, Split, or a list by row.")
-        parts = tuple(map(self.node, part.parts))
         if isinstance(part, Stack):
-            return _stacked(parts)
+            return _stacked(self._parts(part.parts))
+        if not isinstance(part, Average) and not isinstance(part, Split):
+            raise AdapterError(f"{part!r} is no selection: a name, None, Stack, Average, Split, or a list by row.")
+        parts = self._parts(part.parts)
         return _split(part, parts) if isinstance(part, Split) else _averaged(part, parts, self.base)
+
+    def _parts(self, parts: tuple[Part, ...]) -> tuple[Node, ...]:
+        found = tuple(map(self.nodes.get, parts))
+        return found if None not in found else tuple(map(self.node, parts))
 
     def _attached(self, name: str) -> Node:
         if name not in self.adapters:
@@ -129,10 +140,13 @@ class _Meaning:
 
 
 def _stacked(parts: tuple[Node, ...]) -> Node:
-    flat = ((each,) if not isinstance(each, Chain) else each.parts for each in parts if each is not None)
-    some = tuple(each for group in flat for each in group)
+    if len(parts) > 1 and all(isinstance(each, Adapter) and each.traits.stacks for each in parts):
+        return Chain(parts)  # nothing to be checked
+    some: list[Node] = []
+    for each in parts:
+        some += () if each is None else each.parts if isinstance(each, Chain) else (each,)
     check_stack(some)
-    return some[0] if len(some) == 1 else Chain(some) if some else None
+    return some[0] if len(some) == 1 else Chain(tuple(some)) if some else None
 
 
 def _split(part: Split, parts: tuple[Node, ...]) -> Node:

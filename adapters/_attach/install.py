@@ -19,7 +19,7 @@ from adapters._attach.inputs import input_embeddings
 from adapters._attach.labels import labels_of, show_labels
 from adapters._attach.names import check_unused, forget, names_used
 from adapters._attach.rowed import prepared, release
-from adapters._attach.state import ENTER, FACES, NOBODY, STATE, Adapter, State, state_of, unwrapped
+from adapters._attach.state import ENTER, FACES, NOBODY, STATE, Adapter, Resolved, State, state_of, unwrapped
 from adapters._attach.swap import CHECKPOINT, INPUT, PREPARE, STATISTICS, add_faces, strip
 from adapters._attach.tokens import Tokens
 from adapters._contract import KeyValueMethod, Method, Site
@@ -84,7 +84,7 @@ def show(model: nn.Module, state: State, attached: Mapping[str, Adapter], active
     state.adapters = attached
     if state.labels is None and any(adapter.labels for adapter in attached.values()):
         state.labels = labels_of(model)
-    state.resolved = {}
+    state.resolved = Resolved()
     for name in state.named:  # what is made of an exchanged adapter must still have a meaning
         resolve(state, name)
     state.active = resolve(state, active)
@@ -177,7 +177,7 @@ def _take_out(model: nn.Module, state: State, adapter: Adapter) -> None:
         for module in list(model.modules())[1:]:
             if FACES in module.__dict__:
                 strip(module)
-    state.adapters, state.resolved = others, {}
+    state.adapters, state.resolved = others, Resolved()
     if not others and FACES in model.__dict__:
         strip(model)
 

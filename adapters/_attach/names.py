@@ -9,7 +9,7 @@ from torch import nn
 from adapters._attach.choose import resolve
 from adapters._attach.compiled import point
 from adapters._attach.labels import show_labels
-from adapters._attach.state import NOBODY, State
+from adapters._attach.state import NOBODY, Resolved, State
 from adapters._contract import FusionMethod
 from adapters._errors import AdapterError
 from adapters._selection import Part, Selection, names_in
@@ -53,7 +53,7 @@ def give_name(state: State, name: str, composition: Part) -> None:
         raise AdapterError(f"the name {name!r} is taken on this model: detach it, or choose another one.")
     resolve(state, composition)
     state.named = {**state.named, name: composition}
-    state.resolved = {}
+    state.resolved = Resolved()
 
 
 def forget(model: nn.Module, state: State, name: str) -> None:
@@ -64,4 +64,4 @@ def forget(model: nn.Module, state: State, name: str) -> None:
         point(state, NOBODY)
         show_labels(model, state, state.active)
     state.named = {key: value for key, value in state.named.items() if key != name}
-    state.resolved = {}
+    state.resolved = Resolved()

@@ -8,6 +8,7 @@ rows are gathered, changed and put back in their order.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -134,13 +135,13 @@ class PerRow:
 
     def __init__(self, parts: tuple[Node, ...]) -> None:
         self.parts = parts
-        number = {part: i for i, part in enumerate(dict.fromkeys(parts))}
-        self.distinct, self.which = tuple(number), tuple(number[part] for part in parts)
+        number = dict(zip(dict.fromkeys(parts), count(), strict=False))
+        self.distinct, self.which = tuple(number), tuple(map(number.__getitem__, parts))
         self.in_order = list(range(len(parts)))
         self._groups: tuple[Group, ...] | None = None
         self._inverse: Index | None = None
         self._repeated: dict[int, PerRow] = {}
-        self.adapters = tuple(dict.fromkeys(each for part in number for each in adapters_in(part)))
+        self.adapters = tuple(dict.fromkeys(chain.from_iterable(map(adapters_in, number))))
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -194,9 +195,11 @@ def adapters_in(node: Node) -> tuple[Adapter, ...]:
         return ()
     if isinstance(node, Adapter):
         return (node,)
-    below = tuple(each for part in getattr(node, "parts", ()) for each in adapters_in(part))
+    below: list[Adapter] = []
+    for part in getattr(node, "parts", ()):
+        below += (part,) if isinstance(part, Adapter) else adapters_in(part)
     own: Adapter | None = getattr(node, "adapter", None)
-    return below if own is None else (own, *below)
+    return tuple(below) if own is None else (own, *below)
 
 
 def inverse(order: list[int]) -> Index:

@@ -46,6 +46,8 @@ def check_fused(fusion: Adapter, parts: Sequence[Node]) -> None:
 def check_average(mean: Mean, base: int | None) -> None:
     """Refuses what cannot be averaged: tokens, virtual tokens in layers, prefixes of unlike lengths, unlike heads."""
     every = [adapter for part in mean.parts for adapter in adapters_in(part)]
+    if all(adapter.traits.plain for adapter in every):
+        return
     for adapter in every:
         if adapter.tokens is not None or adapter.traits.layers:
             what = "rows of tokens" if adapter.tokens is not None else "virtual tokens in its layers"
@@ -111,6 +113,8 @@ def check_rows(parts: Sequence[Node], adapters: Sequence[Adapter], base: int | N
         parts: what acts on rows, each once, and the adapters in them.
         base: the number of labels of the base's own head, if a row uses that.
     """
+    if all(adapter.traits.plain for adapter in adapters):
+        return ""
     _check_heads(adapters, base)
     if len(set(map(shift, parts))) > 1:  # where a model counts its positions from, it alone knows
         return "prefixes of other lengths move the tokens of their rows to other positions"

@@ -74,6 +74,14 @@ class Acting(tuple[Adapter, ...]):
 NOBODY = Acting()
 
 
+@dataclass(eq=False, slots=True)
+class Resolved:
+    """What selections used lately mean, while the adapters are these, and the nodes that their parts became."""
+
+    selections: dict[Chosen, Acting] = field(default_factory=dict)
+    nodes: dict[Part, Any] = field(default_factory=dict)
+
+
 @dataclass(eq=False)
 class State:
     """The adapters attached to one model, those that act, and what `detach` must give back."""
@@ -82,7 +90,7 @@ class State:
     active: Acting = NOBODY
     named: Mapping[str, Part] = field(default_factory=dict)  # compositions by name; replaced whole
     layouts: weakref.WeakValueDictionary[Key, Layout] = field(default_factory=weakref.WeakValueDictionary)
-    resolved: dict[Chosen, Acting] = field(default_factory=dict)  # selections used lately, while the adapters are these
+    resolved: Resolved = field(default_factory=Resolved)  # replaced whenever the adapters, or what names mean, change
     slots: int = 0  # of each layout's table; 0: rows are by themselves
     kinds: list[Layout] = field(default_factory=list)  # those with tables, which compiled code knows by their names
     moves: int = 0  # of rows in their tables, by a pool
@@ -106,7 +114,7 @@ class State:
         return [adapter.row for adapter in self.adapters.values() if adapter.row is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {"layouts": {}, "resolved": {}, "stacked": None, "pool": None}
+        fresh: dict[str, Any] = {"layouts": {}, "resolved": Resolved(), "stacked": None, "pool": None}
         return {**self.__dict__, **fresh}  # found again, and made anew
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
@@ -276,12 +284,15 @@ def drop_tap(module: nn.Module) -> None:
     _forwards.taps.pop(id(module), None)
 
 
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's and the data-parallel wrappers."""
     while True:
-        inner = model._modules.get("_orig_mod")
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model._modules.get("module")
+        inner, held = model._modules.get("_orig_mod"), model._modules.get("module")
+        if inner is None and held is not None and isinstance(model, _PARALLEL):
+            inner = held
         if inner is None:
             return model
         model = inner

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adapters._attach.called import CalledWeight, ScaledInput
 from adapters._contract import (
+    FusionMethod,
     KeyValueMethod,
     KeyValueSite,
     LayerSite,
@@ -34,6 +35,8 @@ class Traits:
     prefix: int = 0  # virtual tokens before the keys
     shift: int = 0  # by how many positions these move the tokens
     layers: bool = False  # virtual tokens in the layers
+    stacks: bool = False  # whether it can be stacked with whatever else can: nothing of the above stands against it
+    plain: bool = False  # whether it can be averaged and act on rows as well
 
 
 def traits_of(
@@ -55,7 +58,9 @@ def traits_of(
     paths = {key: frozenset(found) for key, found in called.items()}
     shift = length if isinstance(method, KeyValueMethod) and method.positions == "shifted" else 0
     layers = any(isinstance(site, LayerSite) for site in sites)
-    return Traits(follow, split, **paths, prefix=length, shift=shift, layers=layers)
+    stacks = not (paths["scaled"] or paths["other"] or layers)
+    plain = stacks and not (follow or length or head or tokens or isinstance(method, FusionMethod))
+    return Traits(follow, split, **paths, prefix=length, shift=shift, layers=layers, stacks=stacks, plain=plain)
 
 
 def _unfollowed(site: Site) -> str:
