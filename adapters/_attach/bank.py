@@ -112,7 +112,7 @@ class Row:
         self.keeper: Any = None  # the pool that may take its memory away for a while
         self.away = False
         self.readers = 0  # forwards that read it in a table
-        self.left: list[int] = []  # slots that it has left, which some of them may still read
+        self.left: int | None = None  # the slot that it has left, which some of them may still read
         self._views: dict[str, dict[str, Tensor]] = {}
         with torch.inference_mode(False), torch.no_grad():
             owned = isinstance(tensors, Given)
@@ -122,8 +122,13 @@ class Row:
         """Takes these blocks for its own, on their devices, or writes them into a slot of the layout's table."""
         with torch.inference_mode(False), torch.no_grad():
             made = [block.to(*kind) for block, kind in zip(blocks, self.layout.blocks, strict=True)]
-            if self.layout.table is not None:
-                self.number, memory = self.layout.table.take(self)
+            table = self.layout.table
+            if table is not None and self.left is not None:  # as it was, for nobody else may have written there
+                self.number, self.left = self.left, None
+                made = table.memory(self.number)
+            elif table is not None:
+                self.number = table.take(self)
+                memory = table.memory(self.number)
                 for place, block in zip(memory, made, strict=True):
                     place.data.copy_(block)  # by its data: other slots of the memory keep their version
                 made = memory
@@ -165,16 +170,15 @@ class Row:
         if self.number is None:
             return [block.cpu() for block in blocks]
         copies = [block.to("cpu", copy=True) for block in blocks]
-        self.left.append(self.number)
+        self.left = self.number
         self.give_back()
         return copies
 
     def give_back(self) -> None:
-        """Frees the slots that it has left, once nobody reads them."""
-        if not self.readers:
-            for number in self.left:
-                self.layout.table.give(number)
-            self.left = []
+        """Frees the slot that it has left, once nobody reads it."""
+        if not self.readers and self.left is not None:
+            self.layout.table.give(self.left)
+            self.left = None
 
     def unpark(self, blocks: list[Tensor]) -> None:
         """The inverse of `park`."""
@@ -185,7 +189,7 @@ class Row:
         if self.away:
             return
         if self.number is not None:
-            self.blocks = [block[self.number] for block in self.layout.table.blocks]
+            self.blocks = self.layout.table.memory(self.number)
         else:
             with torch.no_grad():
                 self.blocks = [change(block).detach() for block in self.blocks]
@@ -199,7 +203,7 @@ class Row:
             "_views": {},
             "keeper": None,
             "readers": 0,
-            "left": [],
+            "left": None,
         }  # a copy makes its own, and is in no pool
 
 

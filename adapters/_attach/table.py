@@ -42,8 +42,8 @@ class Table:
         self.lock = threading.Lock()
         self.chosen = torch.zeros(1, dtype=torch.long, device=layout.blocks[0][0])
 
-    def take(self, row: Row) -> tuple[int, list[Tensor]]:
-        """A free number, and the memory that belongs to it until `row` is gone.
+    def take(self, row: Row) -> int:
+        """A free number, which belongs to `row` until that is gone.
 
         Raises:
             AdapterError: every slot is in use.
@@ -53,7 +53,11 @@ class Table:
                 raise AdapterError(f"all {self.slots} slots are in use: detach an adapter, or make a pool with more.")
             number = self.free.popleft()
         self._watch(row, number)
-        return number, [block[number] for block in self.blocks]
+        return number
+
+    def memory(self, number: int) -> list[Tensor]:
+        """The blocks of a slot."""
+        return [block[number] for block in self.blocks]
 
     def _watch(self, row: Row, number: int) -> None:
         self.taken[number] = weakref.finalize(row, self._freed, number)
@@ -63,7 +67,7 @@ class Table:
         """Takes a copied row for its own, as the original table has the original."""
         if row.number is not None and row.number not in self.taken:
             self._watch(row, row.number)
-            row.blocks = [block[row.number] for block in self.blocks]
+            row.blocks = self.memory(row.number)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "lock": None, "taken": {}}  # which `adopt` fills
