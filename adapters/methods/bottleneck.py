@@ -73,5 +73,12 @@ class Bottleneck(StreamMethod):
 
     def stream(self, x: Tensor | None, y: Tensor, p: Tensors) -> Tensor:
         h = y if x is None else x
-        inner = _ACTIVATIONS[self.activation](h @ p["down"].mT + p["down_bias"].unsqueeze(-2))
-        return y + self.scale * (inner @ p["up"].mT + p["up_bias"].unsqueeze(-2))
+        inner = _ACTIVATIONS[self.activation](_linear(h, p["down"], p["down_bias"]))
+        return torch.add(y, _linear(inner, p["up"], p["up_bias"]), alpha=self.scale)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W' + b, for x (..., n_in); of several adapters for x (adapters, tokens, n_in)."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
