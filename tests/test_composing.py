@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from laws import output, shake
+from laws import output, relative, shake
 from typer.testing import CliRunner
 
 import adapters
@@ -90,6 +90,24 @@ def test_a_composition_is_read_and_exchanged_as_one(parts: dict[str, Path], tmp_
         (part / name).write_bytes((other / name).read_bytes())  # a whole adapter, and not the one that belongs there
     with pytest.raises(adapters.DamagedAdapter, match="is not the adapter that was saved there"):
         adapters.load(tiny.build("llama"), tmp_path / "both")
+
+
+def test_a_part_that_is_attached_in_another_dtype_is_told_so(parts: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    for name in ("fr", "de"):
+        adapters.load(model, parts[name])
+    adapters.compose(model, "both", adapters.Stack("fr", "de"))
+    adapters.save(model, "both", tmp_path, dtype="bfloat16")
+    adapters.activate(model, "de")
+    before = output(model, BATCH)
+    with pytest.raises(adapters.AdapterError, match=r"'(fr|de)' and was saved in bfloat16; .* is in float32"):
+        adapters.load(model, tmp_path, name="again")
+    assert torch.equal(output(model, BATCH), before)
+    again = tiny.build("llama")
+    adapters.load(again, tmp_path)
+    adapters.activate(model, "both")
+    assert relative(output(again, BATCH), output(model, BATCH)) < 0.02  # rounded, and else the same
+    assert not torch.equal(output(again, BATCH), output(model, BATCH))
 
 
 def test_a_save_that_ends_before_its_last_step_leaves_the_old_composition(

@@ -167,6 +167,13 @@ def _attached_alike(model: nn.Module, name: str, bundle: Bundle) -> bool:
     if adapter is None:
         return False
     here = tensors_of(model, name)
+    for key in here.keys() & bundle.tensors.keys():
+        if here[key].dtype != bundle.tensors[key].dtype:
+            held, saved = (str(each[key].dtype).removeprefix("torch.") for each in (here, bundle.tensors))
+            raise AdapterError(
+                f"a part is called {name!r} and was saved in {saved}; the adapter {name!r} that is attached is in "
+                f"{held}, and is not what the composition was saved with: detach it first."
+            )
     same = adapter.method == bundle.method and here.keys() == bundle.tensors.keys()
     if not same or not all(torch.equal(here[key].cpu(), tensor) for key, tensor in bundle.tensors.items()):
         raise AdapterError(f"a part is called {name!r}, as another adapter that is attached: detach that first.")
