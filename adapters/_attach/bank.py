@@ -58,6 +58,7 @@ class Layout:
             self.places.setdefault(path, {})[tensor] = Place(block, sizes[block], tuple(shape))
             self.order[block].append(name)
             sizes[block] += prod(shape)
+        self.places = {path: dict(sorted(held.items())) for path, held in self.places.items()}  # as entries have them
         self.sizes = sizes  # of each block, in elements
         self.viewed: deque[weakref.ref[Row]] = deque()  # the rows that keep views, those that began first at the front
 

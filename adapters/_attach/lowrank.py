@@ -2,8 +2,8 @@
 
     y <- y + scale * ((x @ right.T) @ left.T + bias)
 
-Autograd would keep a cast copy of `x` and a second output; this keeps `x` as it is and the rank-wide product, and
-writes into `y` where that is safe.
+Autograd would keep a cast copy of `x`, the rank-wide product and a second output; this keeps `x` as it is, multiplies
+it with the rank once more in backward, and writes into `y` where that is safe.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class _AddLowRank(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, scale: float, inplace: bool
     ) -> Tensor:
-        inner = _inner(y, x, right, scale)
-        ctx.save_for_backward(x, left, right, inner)
-        ctx.scale, ctx.dtype = scale, None if bias is None else bias.dtype
+        inner = _inner(_rows(x).to(_wide(y)), right, scale)
+        ctx.save_for_backward(x, left, right)
+        ctx.scale, ctx.wide, ctx.dtype = scale, inner.dtype, None if bias is None else bias.dtype
         if inplace:
             ctx.mark_dirty(y)
         return _add(y, inner, left, None if bias is None else scale * bias, inplace)
@@ -32,30 +32,36 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, left, right, inner = ctx.saved_tensors
+        x, left, right = ctx.saved_tensors
         to_y, to_x, to_left, to_right, to_bias, *_ = ctx.needs_input_grad
-        rows = _rows(dy).to(inner.dtype)
+        rows = _rows(dy).to(ctx.wide)
+        seen = _rows(x).to(ctx.wide) if to_left or to_right else None
         # d(x A^T) = s dy B;  dB = dy^T (s x A^T);  dA = d(x A^T)^T x;  dx = d(x A^T) A;  de = s sum dy
-        d_left = torch.mm(rows.mT, inner).to(left.dtype) if to_left else None
-        d_right = d_x = None
+        d_left = d_right = d_x = None
+        if to_left and seen is not None:
+            d_left = torch.mm(rows.mT, _inner(seen, right, ctx.scale)).to(left.dtype)
         if to_x or to_right:
-            d_inner = torch.mm(rows, left.to(inner.dtype)).mul_(ctx.scale)
-            if to_right:
-                d_right = torch.mm(d_inner.mT, _rows(x).to(inner.dtype)).to(right.dtype)
+            d_inner = torch.mm(rows, left.to(ctx.wide)).mul_(ctx.scale)
+            if to_right and seen is not None:
+                d_right = torch.mm(d_inner.mT, seen).to(right.dtype)
             if to_x:
-                d_x = torch.mm(d_inner, right.to(inner.dtype)).to(x.dtype).view(x.shape)
+                d_x = torch.mm(d_inner, right.to(ctx.wide)).to(x.dtype).view(x.shape)
         d_bias = rows.sum(0).mul_(ctx.scale).to(ctx.dtype) if to_bias else None
         return dy if to_y else None, d_x, d_left, d_right, d_bias, None, None
 
 
-def _inner(y: Tensor, x: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * x @ right.T: (rows of x, rank).
+def _wide(y: Tensor) -> torch.dtype:
+    """The dtype of the products: y's, and on CPUs fp32 where y has 16 bits.
 
-    On CPUs in fp32 where y has 16 bits: products of rank 16 take 1.2 to 2.4 times as long in bf16 there (128 rows,
-    AVX512-BF16), and both factors would be cast at every call.
+    Products of rank 16 take 1.2 to 2.4 times as long in bf16 there (128 rows, AVX512-BF16), and both factors would be
+    cast at every call.
     """
-    wide = torch.float32 if y.device.type == "cpu" and y.dtype.itemsize == 2 else y.dtype
-    return torch.mm(_rows(x).to(wide), right.to(wide).mT).mul_(scale)
+    return torch.float32 if y.device.type == "cpu" and y.dtype.itemsize == 2 else y.dtype
+
+
+def _inner(x: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * x @ right.T: (rows, rank), for x (rows, n_in)."""
+    return torch.mm(x, right.to(x.dtype).mT).mul_(scale)
 
 
 def _add(y: Tensor, inner: Tensor, left: Tensor, shift: Tensor | None, inplace: bool) -> Tensor:
@@ -103,4 +109,4 @@ def _run(y: Tensor, x: Tensor, low: Factors, inplace: bool) -> Tensor:
         out: Tensor = _AddLowRank.apply(y, x, low.left, low.right, low.bias, low.scale, inplace)  # type: ignore[no-untyped-call]
         return out
     shift = None if low.bias is None else low.scale * low.bias
-    return _add(y, _inner(y, x, low.right, low.scale), low.left, shift, inplace)
+    return _add(y, _inner(_rows(x).to(_wide(y)), low.right, low.scale), low.left, shift, inplace)
