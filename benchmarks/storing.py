@@ -128,7 +128,7 @@ def _fsync(setting: Setting) -> Pair:
     """The staged files and folders of one save, synced as `save` does: waiting, not computing."""
     model, target = setting.base(torch.float32), setting.folder("fsync")
     folder = saved(setting, model, "fsync-source", "lora", **LORA)
-    files = {name: (folder / name).read_bytes() for name in bundle.OWNED}
+    files = {name: (folder / name).read_bytes() for name in bundle.OWNED if (folder / name).exists()}
     return Pair(Side(lambda: commit.write(target, files, bundle.OWNED)))
 
 

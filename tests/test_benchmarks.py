@@ -63,9 +63,11 @@ def test_a_row_runs_beside_peft_and_both_sides_agree(
 
 
 @pytest.mark.parametrize(
-    "row", [row for row in [*many.ROWS, *mixed.ROWS] if not row.gated or row.peer != "PEFT"], ids=lambda row: row.name
+    "row",
+    [row for row in [*attaching.ROWS, *storing.ROWS, *many.ROWS, *mixed.ROWS] if not row.gated or row.peer != "PEFT"],
+    ids=lambda row: row.name,
 )
-def test_a_row_of_many_adapters_runs_without_a_gate_of_its_own(setting: Setting, row: Row) -> None:
+def test_a_row_without_a_gate_of_its_own_runs(setting: Setting, row: Row) -> None:
     (line,) = measure_row(row, setting, pairs=1)
     assert line.beside == row.peer
     assert len(line.theirs) == (0 if row.peer == "" else 1)
