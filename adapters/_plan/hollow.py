@@ -1,0 +1,122 @@
+"""A model without memory: built from its configuration out of fake tensors, adapted by the code that adapts real ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from adapters._attach import attach
+from adapters._attach.state import state_of
+from adapters._contract import Method
+from adapters._errors import AdapterError
+from adapters._fourbit import gives_back, quantized_parameters
+from adapters._hub.load import class_of, read_config
+from adapters._plan.assumed import Assumed
+from adapters._plan.ledger import Ledger
+from adapters._quantize import quantize
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What is needed to build a model without its weights.
+
+    `dtypes` are those of a live model's parameters by path; `bits` is 4 for a base in 4 bits, 16 for any other.
+    """
+
+    name: str
+    cls: Any
+    config: Any
+    dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype]
+    bits: int
+
+
+def blueprint(model: Any, dtype: torch.dtype | None, kind: str | None, bits: int | None) -> Blueprint:
+    """Reads what `model` is: a live model, a configuration, or what `load_base` takes; no weight is read.
+
+    Raises:
+        AdapterError: there is no such model, or adapters are attached to it.
+    """
+    import transformers
+
+    if isinstance(model, nn.Module):
+        return _of_live(model, dtype, bits)
+    config = model if isinstance(model, transformers.PretrainedConfig) else read_config(str(model))
+    cls = class_of(config, kind)  # type: ignore[arg-type]
+    own = getattr(config, "dtype", None)
+    usual = torch.bfloat16 if bits == 4 else own if isinstance(own, torch.dtype) else torch.float32
+    name = config.model_type if config is model else str(model)
+    return Blueprint(name, cls, config, dtype or usual, {}, bits or 16)
+
+
+def _of_live(model: nn.Module, dtype: torch.dtype | None, bits: int | None) -> Blueprint:
+    if getattr(model, "config", None) is None:
+        raise AdapterError(f"a {type(model).__name__} has no configuration that it could be built from a second time.")
+    if state_of(model) is not None:
+        raise AdapterError("adapters are attached to this model: detach them, or plan with the name of its base.")
+    held = any(True for _ in quantized_parameters(model))
+    dtypes = {path: p.dtype for path, p in model.named_parameters() if p.is_floating_point()}
+    own = next(iter(dtypes.values()), torch.float32)
+    kept = {} if dtype is not None else dtypes
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    return Blueprint(name, type(model), model.config, dtype or own, kept, 4 if held else bits or 16)
+
+
+@contextmanager
+def hollow(plan: Blueprint, method: Method, options: Mapping[str, Any]) -> Iterator[tuple[nn.Module, Ledger, Assumed]]:
+    """The adapted model of fake tensors, with what counts its bytes; every tensor made inside is fake and counted.
+
+    Args:
+        options: of `attach`, beside the method.
+    """
+    four = plan.bits == 4 or method.quantize is not None
+    if four:
+        _warm(plan)
+    with ExitStack() as stack:
+        # bitsandbytes' tables are real and shared by all that it quantises
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=four))
+        ledger, assumed = stack.enter_context(Ledger()), stack.enter_context(Assumed())
+        model = _build(plan)
+        if plan.bits == 4:
+            quantize(model, "nf4")
+        attach(model, method, **options)
+        yield model, ledger, assumed
+
+
+def _build(plan: Blueprint) -> nn.Module:
+    from transformers.initialization import no_init_weights
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(plan.dtype)
+    try:
+        with no_init_weights():  # some initialisers draw until a value fits
+            model: nn.Module = plan.cls(copy.deepcopy(plan.config))
+    finally:
+        torch.set_default_dtype(before)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    for path, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(plan.dtypes.get(path, plan.dtype))
+    return model.eval()
+
+
+def _warm(plan: Blueprint) -> None:
+    """Lets what is asked of bitsandbytes' kernels, and kept, be answered by real ones."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise AdapterError("4 bits need bitsandbytes: pip install 'adapter-registry[quantize]'.") from error
+    with torch.device("meta"):
+        model = _build(plan)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            for width in parameter.shape:
+                gives_back(width, parameter.dtype, torch.device("cpu"))
