@@ -16,10 +16,11 @@ from adapters._attach import attach
 from adapters._attach.state import state_of
 from adapters._contract import Method
 from adapters._errors import AdapterError
-from adapters._fourbit import gives_back, quantized_parameters
+from adapters._fourbit import quantized_parameters
 from adapters._hub.load import class_of, read_config
 from adapters._plan.assumed import Assumed
 from adapters._plan.ledger import Ledger
+from adapters._plan.packed import packing_fakes, warm
 from adapters._quantize import quantize
 
 
@@ -77,9 +78,12 @@ def hollow(plan: Blueprint, method: Method, options: Mapping[str, Any]) -> Itera
         options: of `attach`, beside the method.
     """
     four = plan.bits == 4 or method.quantize is not None
-    if four:
-        _warm(plan)
     with ExitStack() as stack:
+        if four:
+            with torch.device("meta"):
+                shapes = _build(plan)
+            warm(shapes)
+            stack.enter_context(packing_fakes())
         # bitsandbytes' tables are real and shared by all that it quantises
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=four))
         ledger, assumed = stack.enter_context(Ledger()), stack.enter_context(Assumed())
@@ -106,17 +110,3 @@ def _build(plan: Blueprint) -> nn.Module:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(plan.dtypes.get(path, plan.dtype))
     return model.eval()
-
-
-def _warm(plan: Blueprint) -> None:
-    """Lets what is asked of bitsandbytes' kernels, and kept, be answered by real ones."""
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise AdapterError("4 bits need bitsandbytes: pip install 'adapter-registry[quantize]'.") from error
-    with torch.device("meta"):
-        model = _build(plan)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            for width in parameter.shape:
-                gives_back(width, parameter.dtype, torch.device("cpu"))
