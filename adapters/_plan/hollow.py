@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ class Blueprint:
     dtype: torch.dtype
     dtypes: Mapping[str, torch.dtype]
     bits: int
+
+    def in_bits(self, bits: int) -> Blueprint:
+        return replace(self, bits=bits)
 
 
 def blueprint(model: Any, dtype: torch.dtype | None, kind: str | None, bits: int | None) -> Blueprint:
@@ -70,9 +74,19 @@ def _of_live(model: nn.Module, dtype: torch.dtype | None, bits: int | None) -> B
     return Blueprint(name, type(model), model.config, dtype or own, kept, 4 if held else bits or 16)
 
 
+@dataclass(frozen=True, eq=False)
+class Hollow:
+    """An adapted model of fake tensors, its optimizer, what counts their bytes, and what answers for their values."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    ledger: Ledger
+    assumed: Assumed
+
+
 @contextmanager
-def hollow(plan: Blueprint, method: Method, options: Mapping[str, Any]) -> Iterator[tuple[nn.Module, Ledger, Assumed]]:
-    """The adapted model of fake tensors, with what counts its bytes; every tensor made inside is fake and counted.
+def hollow(plan: Blueprint, method: Method, options: Mapping[str, Any]) -> Iterator[Hollow]:
+    """The adapted model after a first step, so that AdamW has its moments; tensors made inside are fake and counted.
 
     Args:
         options: of `attach`, beside the method.
@@ -91,7 +105,23 @@ def hollow(plan: Blueprint, method: Method, options: Mapping[str, Any]) -> Itera
         if plan.bits == 4:
             quantize(model, "nf4")
         attach(model, method, **options)
-        yield model, ledger, assumed
+        optimizer = _stepped(model)
+        gc.collect()
+        ledger.claim((p.data for p in model.parameters() if p.requires_grad), "adapter")
+        ledger.claim((t for state in optimizer.state.values() for t in state.values()), "moments")
+        ledger.settle("base")
+        yield Hollow(model, optimizer, ledger, assumed)
+
+
+def _stepped(model: nn.Module) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
 
 
 def _build(plan: Blueprint) -> nn.Module:

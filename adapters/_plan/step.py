@@ -16,6 +16,7 @@ from adapters._attach.swap import base_class
 from adapters._errors import AdapterError
 from adapters._evaluating import evaluating
 from adapters._plan.assumed import Assumed, as_if_real
+from adapters._plan.hollow import Hollow
 from adapters._plan.ledger import OTHER, Ledger
 from adapters.train.loss import score, takes_columns
 
@@ -53,47 +54,37 @@ class Peak:
     gradients: int
     moments: int
     activations: int
+    at: str = ""  # the op that made it
 
     @property
     def total(self) -> int:
         return self.base + self.adapter + self.gradients + self.moments + self.activations
 
 
-def measure(model: nn.Module, ledger: Ledger, assumed: Assumed, batch: Batch) -> Peak:
-    """The peak of one step of a model of fake tensors, AdamW's moments being there from a step before.
+def measure(hollow: Hollow, batch: Batch) -> Peak:
+    """The peak of one step of a model of fake tensors.
 
     Raises:
         AdapterError: the model cannot be run in this way.
     """
+    model, ledger = hollow.model, hollow.ledger
+    gc.collect()  # of an earlier batch
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
-    _first_step(trained, optimizer)
-    gc.collect()
-    ledger.claim((p.data for p in trained), "adapter")
-    ledger.claim((t for state in optimizer.state.values() for t in state.values()), "moments")
-    ledger.settle("base")
     try:
         with _claiming(trained, ledger), _training(model, batch):
-            run = _forward(model, assumed, batch)
+            run = _forward(model, hollow.assumed, batch)
             for _ in range(min(batch.accumulation, 2)):  # from the second on, all are alike
                 ledger.start()
                 run().backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            hollow.optimizer.step()
     except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"a step of {type(model).__name__} cannot be planned: {_short(error)}") from error
     finally:
-        optimizer.zero_grad()
-    peak = {group: ledger.peak.get(group, 0) for group in ("base", "adapter", "gradients", "moments", OTHER)}
-    return Peak(*peak.values())
-
-
-def _first_step(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
+        hollow.optimizer.zero_grad()
+    peak = (ledger.peak.get(group, 0) for group in ("base", "adapter", "gradients", "moments", OTHER))
+    return Peak(*peak, at=ledger.at)
 
 
 @contextmanager
