@@ -105,7 +105,9 @@ def class_of(config: Any, kind: Kind | None) -> Any:
     try:
         return auto._model_mapping[type(config)]
     except KeyError as error:
-        raise AdapterError(f"transformers has no {kind or _kind(config)} model for a {type(config).__name__}.") from error
+        raise AdapterError(
+            f"transformers has no {kind or _kind(config)} model for a {type(config).__name__}."
+        ) from error
 
 
 def _check_kind(kind: str | None) -> None:

@@ -16,7 +16,7 @@ _ANY = (aten.any.default, aten.any.dim, aten.any.dims)
 _SAME = (aten.equal.default, aten.allclose.default)
 
 
-class Assumed(TorchDispatchMode):
+class Assumed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fake tensors with the values of a batch of full rows: all is true, nothing is out of bounds, every number is 1.
 
     Attributes:
@@ -24,7 +24,7 @@ class Assumed(TorchDispatchMode):
     """
 
     def __init__(self, found: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = found
         self._false: Any = WeakIdKeyDictionary()
 

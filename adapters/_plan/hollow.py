@@ -1,4 +1,4 @@
-"""A model without memory: built from its configuration out of fake tensors, adapted by the code that adapts real ones."""
+"""A model without memory: built from its configuration out of fake tensors, and adapted as real ones are."""
 
 from __future__ import annotations
 
@@ -84,6 +84,11 @@ class Hollow:
     assumed: Assumed
 
 
+class _OneMode(FakeTensorMode):
+    def __deepcopy__(self, memo: Any) -> _OneMode:
+        return self  # a copied module has its tensors in the mode of the original
+
+
 @contextmanager
 def hollow(plan: Blueprint, method: Method, options: Mapping[str, Any]) -> Iterator[Hollow]:
     """The adapted model after a first step, so that AdamW has its moments; tensors made inside are fake and counted.
@@ -99,7 +104,7 @@ def hollow(plan: Blueprint, method: Method, options: Mapping[str, Any]) -> Itera
             warm(shapes)
             stack.enter_context(packing_fakes())
         # bitsandbytes' tables are real and shared by all that it quantises
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=four))
+        stack.enter_context(_OneMode(allow_non_fake_inputs=four))
         ledger, assumed = stack.enter_context(Ledger()), stack.enter_context(Assumed())
         model = _build(plan)
         if plan.bits == 4:
@@ -123,7 +128,6 @@ def _stepped(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-
 def _build(plan: Blueprint) -> nn.Module:
     from transformers.initialization import no_init_weights
 
@@ -134,8 +138,9 @@ def _build(plan: Blueprint) -> nn.Module:
             model: nn.Module = plan.cls(copy.deepcopy(plan.config))
     finally:
         torch.set_default_dtype(before)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie = getattr(model, "tie_weights", None)
+    if callable(tie):
+        tie()
     for path, parameter in model.named_parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(plan.dtypes.get(path, plan.dtype))

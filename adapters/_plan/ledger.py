@@ -22,7 +22,7 @@ class _Held:
     watch: weakref.ref[Any]  # reports the end of the storage
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, knows every storage that an op made and nobody has let go of; each counts once, however viewed.
 
     Attributes:
@@ -32,7 +32,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._held: dict[int, _Held] = {}
         self.groups: dict[str, int] = {}
         self.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -80,9 +79,9 @@ def plan(
         peak, loss = stage.peak(batch, now), stage.loss
         size = lambda other, bits: stage.peak(other, bits).total  # noqa: E731 - the shape that `propose` asks for
         short = there is not None and peak.total > there
-        proposals = propose(batch, now, peak.total, there, size) if short and there is not None else ()
+        more, notes = propose(batch, now, peak.total, there, size) if short and there is not None else ((), ())
     facts = {"model": drawn.name, "method": chosen.name, "dtype": str(drawn.dtype).removeprefix("torch."), "bits": now}
-    return from_peak(peak, **facts, batch=batch, loss=loss, memory=there, proposals=proposals)
+    return from_peak(peak, **facts, batch=batch, loss=loss, memory=there, proposals=more, notes=notes)
 
 
 class _Stage:

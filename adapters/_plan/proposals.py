@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from adapters._errors import AdapterError
@@ -11,91 +11,104 @@ from adapters._plan.report import Proposal, describe
 from adapters._plan.step import Batch
 
 Measure: TypeAlias = Callable[[Batch, int], int]  # a batch, and the bits of the base, to bytes
+Tried: TypeAlias = tuple[Batch, int, int]  # a batch, the bits of the base, and the bytes they take
 
-ROWS = "the same gradients, in smaller products"
-RECOMPUTE = "the same gradients, about one more forward"
-BITS = "the base is rounded, and unpacked for every product"
-TOKENS = "longer rows are cut or left out"
 LEAST = 64  # tokens of a row, below which no plan goes
 
 
-def propose(batch: Batch, bits: int, peak: int, memory: int, measure: Measure) -> tuple[Proposal, ...]:
+def propose(
+    batch: Batch, bits: int, peak: int, memory: int, measure: Measure
+) -> tuple[tuple[Proposal, ...], tuple[str, ...]]:
     """Each change on its own; where none is enough, one upon the other until they are or nothing is left.
 
     Args:
         peak: of `batch` with the base in `bits`, in bytes.
         memory: bytes that there are.
         measure: predicts the peak of another batch.
+
+    Returns:
+        The proposals, and a sentence for each change that this model cannot take.
     """
+    search = _Search(memory, measure, [])
+    start = batch, bits, peak
+    alone = tuple(search.each(start))
+    joined = () if any(each.fits for each in alone) else tuple(search.joined(start))
+    return alone + joined, tuple(search.impossible)
 
-    def proposal(changed: Batch, now: int, cost: str, size: int) -> Proposal:
-        return Proposal(describe(changed, now), cost, changed, now, size, size <= memory)
 
-    def steps(batch: Batch, bits: int, peak: int) -> Iterator[Proposal]:
-        if batch.rows > 1:
-            fewer, size = _fewer_rows(batch, peak, memory, lambda other: measure(other, bits))
-            yield proposal(fewer, bits, ROWS, size)
-        if not batch.checkpointing:
-            again = replace(batch, checkpointing=True)
+@dataclass
+class _Search:
+    memory: int
+    measure: Measure
+    impossible: list[str]
+
+    def each(self, start: Tried) -> Iterator[Proposal]:
+        for cost, change in self._changes():
             try:
-                yield proposal(again, bits, RECOMPUTE, measure(again, bits))
-            except AdapterError:  # a model without it
-                pass
-        if bits != 4:
+                found = change(*start)
+            except AdapterError as error:
+                self.impossible.append(str(error))
+                continue
+            if found != start:
+                yield self._proposal(found, cost)
+
+    def joined(self, start: Tried) -> Iterator[Proposal]:
+        """Two changes and more: the first ones, then the next upon them."""
+        now, costs = start, list[str]()
+        for cost, change in self._changes():
             try:
-                yield proposal(batch, 4, BITS, measure(batch, 4))
-            except AdapterError:  # no bitsandbytes, or nothing to quantise
-                pass
-        if batch.tokens >= 2 * LEAST:
-            shorter, size = _fewer_tokens(batch, memory, lambda other: measure(other, bits))
-            yield proposal(shorter, bits, TOKENS, size)
+                found = change(*now)
+            except AdapterError:  # `each` has said so
+                continue
+            if found == now:
+                continue
+            now, costs = found, [*costs, cost]
+            if len(costs) > 1:
+                yield self._proposal(now, "; ".join(costs))
+            if now[2] <= self.memory:
+                return
 
-    alone = tuple(steps(batch, bits, peak))
-    if any(each.fits for each in alone):
-        return alone
-    return (*alone, *_together(alone, memory, measure))
+    def _changes(self) -> tuple[tuple[str, Callable[[Batch, int, int], Tried]], ...]:
+        return (
+            ("the same gradients, in smaller products", self._fewer_rows),
+            ("the same gradients, about one more forward", self._checkpointing),
+            ("the base is rounded, and unpacked for every product", self._four_bits),
+            ("longer rows are cut or left out", self._fewer_tokens),
+        )
 
+    def _proposal(self, found: Tried, cost: str) -> Proposal:
+        batch, bits, size = found
+        return Proposal(describe(batch, bits), cost, batch, bits, size, size <= self.memory)
 
-def _together(alone: tuple[Proposal, ...], memory: int, measure: Measure) -> Iterator[Proposal]:
-    """The changes that were not enough alone, joined in the same order."""
-    if len(alone) < 2:
-        return
-    batch, bits, costs = alone[0].batch, alone[0].bits, [alone[0].cost]
-    for each in alone[1:]:
-        costs.append(each.cost)
-        bits = min(bits, each.bits)
-        batch = replace(batch, checkpointing=batch.checkpointing or each.batch.checkpointing)
-        if each.cost == TOKENS:
-            batch, size = _fewer_tokens(batch, memory, lambda other: measure(other, bits))  # noqa: B023 - called here
-        else:
-            size = measure(batch, bits)
-        yield Proposal(describe(batch, bits), "; ".join(costs), batch, bits, size, size <= memory)
-        if size <= memory:
-            return
+    def _fewer_rows(self, batch: Batch, bits: int, peak: int) -> Tried:
+        """The most rows that fit in a micro-batch, of those that divide the rows there were; else one row."""
+        if batch.rows == 1:
+            return batch, bits, peak
 
+        def of(rows: int) -> Batch:
+            return replace(batch, rows=rows, accumulation=batch.accumulation * batch.rows // rows)
 
-def _fewer_rows(batch: Batch, peak: int, memory: int, measure: Callable[[Batch], int]) -> tuple[Batch, int]:
-    """The most rows that fit in a micro-batch, of those that divide the rows there were; else one row."""
+        least = self.measure(of(1), bits)
+        slope = (peak - least) / (batch.rows - 1)  # bytes a row: what grows with the rows grows in proportion
+        for rows in range(batch.rows - 1, 1, -1):
+            if batch.rows % rows == 0 and least + slope * (rows - 1) <= self.memory:
+                size = self.measure(of(rows), bits)
+                if size <= self.memory:
+                    return of(rows), bits, size
+        return of(1), bits, least
 
-    def of(rows: int) -> Batch:
-        return replace(batch, rows=rows, accumulation=batch.accumulation * batch.rows // rows)
+    def _checkpointing(self, batch: Batch, bits: int, peak: int) -> Tried:
+        changed = replace(batch, checkpointing=True)
+        return changed, bits, self.measure(changed, bits)
 
-    least = measure(of(1))
-    slope = (peak - least) / (batch.rows - 1)  # bytes a row: everything that grows with rows grows in proportion
-    likely = [rows for rows in range(2, batch.rows) if batch.rows % rows == 0 and least + slope * (rows - 1) <= memory]
-    for rows in reversed(likely):
-        size = measure(of(rows))
-        if size <= memory:
-            return of(rows), size
-    return of(1), least
+    def _four_bits(self, batch: Batch, bits: int, peak: int) -> Tried:
+        return batch, 4, self.measure(batch, 4)
 
-
-def _fewer_tokens(batch: Batch, memory: int, measure: Callable[[Batch], int]) -> tuple[Batch, int]:
-    """Half the tokens, and again, until they fit or there are too few."""
-    while True:
-        tokens = batch.tokens // 2
-        learned = max(1, min(batch.learned * tokens // batch.tokens, tokens - 1))
-        batch = replace(batch, tokens=tokens, learned=learned)
-        size = measure(batch)
-        if size <= memory or tokens < 2 * LEAST:
-            return batch, size
+    def _fewer_tokens(self, batch: Batch, bits: int, peak: int) -> Tried:
+        """Half the tokens, and again, until they fit or there are too few."""
+        while peak > self.memory and batch.tokens >= 2 * LEAST:
+            tokens = batch.tokens // 2
+            learned = max(1, min(batch.learned * tokens // batch.tokens, tokens - 1))
+            batch = replace(batch, tokens=tokens, learned=learned)
+            peak = self.measure(batch, bits)
+        return batch, bits, peak

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from adapters._plan.sizes import shown
@@ -28,8 +28,9 @@ class Proposal:
 class Plan:
     """The predicted peak of a training step, in bytes of tensors, on the path that the code takes on a CPU.
 
-    `base` to `activations` are what is alive at the peak and add up to it; `trained` are the bytes that all gradients
-    have once the backward pass is through. A GPU's context and the gaps of its allocator come on top.
+    `base` to `activations` are what is alive at the peak and add up to it, `at` is the op that made it. A GPU's
+    context and the gaps of its allocator come on top. `proposals` are made where it does not fit in `memory`, and
+    `notes` say which this model cannot take.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Plan:
     loss: str
     memory: int | None = None
     proposals: tuple[Proposal, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -58,8 +60,6 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON knows it."""
-        from dataclasses import asdict
-
         return {**asdict(self), "peak": self.peak, "fits": self.fits}
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class Plan:
         if self.fits:
             return [f"fits in {shown(self.memory)}, {shown(self.memory - self.peak)} to spare"]
         lines = [f"does not fit in {shown(self.memory)}: {shown(self.peak - self.memory)} too much"]
-        return lines + [f"  {proposal}" for proposal in self.proposals]
+        return lines + [f"  {each}" for each in self.proposals] + [f"  note: {note}" for note in self.notes]
 
 
 def describe(batch: Batch, bits: int) -> str:

@@ -83,8 +83,10 @@ def measure(hollow: Hollow, batch: Batch) -> Peak:
         raise AdapterError(f"a step of {type(model).__name__} cannot be planned: {_short(error)}") from error
     finally:
         hollow.optimizer.zero_grad()
-    peak = (ledger.peak.get(group, 0) for group in ("base", "adapter", "gradients", "moments", OTHER))
-    return Peak(*peak, at=ledger.at)
+    base, adapter, gradients, moments, rest = (
+        ledger.peak.get(group, 0) for group in ("base", "adapter", "gradients", "moments", OTHER)
+    )
+    return Peak(base, adapter, gradients, moments, rest, ledger.at)
 
 
 @contextmanager
@@ -95,7 +97,7 @@ def _claiming(trained: list[nn.Parameter], ledger: Ledger) -> Iterator[None]:
         assert parameter.grad is not None
         ledger.claim([parameter.grad], "gradients")
 
-    handles = [parameter.register_post_accumulate_grad_hook(claim) for parameter in trained]
+    handles = [p.register_post_accumulate_grad_hook(claim) for p in trained]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

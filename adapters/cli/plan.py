@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated, Any
 
 import typer
@@ -67,6 +68,13 @@ def plan_memory(
         typer.echo(str(found))
 
 
+def _options() -> set[str]:
+    import adapters
+
+    named = inspect.signature(adapters.plan).parameters.values()
+    return {each.name for each in named if each.kind is not each.VAR_KEYWORD}
+
+
 def _fields(settings: Any) -> dict[str, Any]:
     """Values as YAML reads them, which is how recipes write them."""
     import yaml
@@ -76,10 +84,7 @@ def _fields(settings: Any) -> dict[str, Any]:
         key, separator, text = setting.partition("=")
         if not separator or not key.isidentifier():
             raise AdapterError(f"--set {setting}: write a field of the method and its value, such as rank=16.")
-        if key in _OPTIONS:
-            raise AdapterError(f"--set {setting}: {key} is an option, --{key}.")
+        if key in _options():
+            raise AdapterError(f"--set {setting}: {key} is an argument of this command: see adapters plan --help.")
         found[key] = yaml.safe_load(text)
     return found
-
-
-_OPTIONS = "memory rows tokens learned dtype bits checkpointing accumulation padded kind method model".split()
