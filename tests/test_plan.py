@@ -54,9 +54,9 @@ COMBINATIONS = [
 ]
 
 
-def step_of(model: Any, method: str, rows: int, tokens: int, checkpointing: bool) -> Any:
+def step_of(model: Any, method: str, rows: int, tokens: int, checkpointing: bool, **fields: Any) -> Any:
     """Attaches and makes a first step; what comes back makes another one, as a trainer would, and what stays alive."""
-    adapters.attach(model, method)
+    adapters.attach(model, method, **fields)
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -158,6 +158,66 @@ def test_the_peak_of_a_real_model(rows: int, checkpointing: bool, bits: int) -> 
     model, _ = adapters.load_base("smollm2-135m-instruct", quantize="nf4" if bits == 4 else None)
     step, before = step_of(model, "lora", rows, 64, checkpointing)
     assert size(before) + allocated(step) == pytest.approx(plan.peak, rel=CLOSE)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_peak_of_a_trainer(tmp_path: Path) -> None:
+    """All that TRL's, transformers' and accelerate's code does in two steps, on rows of one length."""
+    trl = pytest.importorskip("trl")
+    from adapters.train import SFTTrainer
+
+    model, tokenizer = adapters.load_base("smollm2-135m-instruct")
+    turns = [{"role": "user", "content": "one two " * 20}, {"role": "assistant", "content": "three four " * 24}]
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    chosen: dict[str, Any] = {"processing_class": tokenizer, "adapter": "lora", "layout": "padded", "preflight": False}
+    trainer = SFTTrainer(model, arguments, train_dataset=[{"messages": turns}] * 4, **chosen)
+    batch = next(iter(trainer.get_train_dataloader()))
+    learned = int((batch["labels"][:, 1:] != -100).any(0).sum())
+    found = size([*model.parameters(), *model.buffers()]) + allocated(trainer.train)
+    tokens = batch["input_ids"].shape[1]
+    plan = adapters.plan("smollm2-135m-instruct", "lora", rows=2, tokens=tokens, learned=learned)
+    assert found == pytest.approx(plan.peak, rel=CLOSE)
+
+
+def test_the_peak_with_a_mask_of_padding() -> None:
+    plan = adapters.plan(tiny.build("llama"), "lora", rows=4, tokens=96, padded=True)
+    model = tiny.build("llama")
+    adapters.attach(model, "lora")
+    batch = tiny.inputs(model, 4, 96, padded=True)
+    labels = batch["input_ids"]
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad])
+
+    def step() -> None:
+        score(model, {**batch, "labels": labels}, columns_only=True).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    assert size(kept(model, optimizer)) + allocated(step) == pytest.approx(plan.peak, rel=CLOSE)
+
+
+def test_the_peak_with_dropout() -> None:
+    """Attention then keeps its probabilities, and every dropout its mask."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=160, n_embd=64, n_head=4, n_layer=2, n_positions=128)
+    plan = adapters.plan(config, "lora", kind="causal", rows=4, tokens=96, rank=4)
+    still = adapters.plan(tiny.build("gpt2"), "lora", rows=4, tokens=96, rank=4)
+    step, before = step_of(GPT2LMHeadModel(config), "lora", 4, 96, False, rank=4)
+    assert size(before) + allocated(step) == pytest.approx(plan.peak, rel=CLOSE)
+    assert plan.activations > still.activations
 
 
 RESIDENT = """

@@ -101,9 +101,11 @@ def class_of(config: Any, kind: Kind | None) -> Any:
     import transformers
 
     _check_kind(kind)
+    from transformers.models.auto.auto_factory import _get_model_class
+
     auto = getattr(transformers, _CLASSES[kind or _kind(config)])
     try:
-        return auto._model_mapping[type(config)]
+        return _get_model_class(config, auto._model_mapping)
     except KeyError as error:
         raise AdapterError(
             f"transformers has no {kind or _kind(config)} model for a {type(config).__name__}."

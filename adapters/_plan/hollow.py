@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -84,7 +85,7 @@ class Hollow:
     assumed: Assumed
 
 
-class _OneMode(FakeTensorMode):
+class _OneMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     def __deepcopy__(self, memo: Any) -> _OneMode:
         return self  # a copied module has its tensors in the mode of the original
 
@@ -98,6 +99,7 @@ def hollow(plan: Blueprint, method: Method, options: Mapping[str, Any]) -> Itera
     """
     four = plan.bits == 4 or method.quantize is not None
     with ExitStack() as stack:
+        stack.enter_context(_unlogged())
         if four:
             with torch.device("meta"):
                 shapes = _build(plan)
@@ -109,13 +111,37 @@ def hollow(plan: Blueprint, method: Method, options: Mapping[str, Any]) -> Itera
         model = _build(plan)
         if plan.bits == 4:
             quantize(model, "nf4")
-        attach(model, method, **options)
+        _attach(model, method, options, plan)
         optimizer = _stepped(model)
         gc.collect()
         ledger.claim((p.data for p in model.parameters() if p.requires_grad), "adapter")
         ledger.claim((t for state in optimizer.state.values() for t in state.values()), "moments")
         ledger.settle("base")
         yield Hollow(model, optimizer, ledger, assumed)
+
+
+def _attach(model: nn.Module, method: Method, options: Mapping[str, Any], plan: Blueprint) -> None:
+    try:
+        attach(model, method, **options)
+    except AdapterError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
+        raise AdapterError(
+            f"a {type(model).__name__} in {plan.dtype} cannot be planned, since torch does not know the shape of one "
+            f"of its results: {' '.join(str(error.__cause__).split())}"
+        ) from error
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """What fake tensors cannot do is raised, and not logged with a traceback as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _stepped(model: nn.Module) -> torch.optim.Optimizer:

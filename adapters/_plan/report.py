@@ -83,7 +83,8 @@ class Plan:
         if self.memory is None:
             return []
         if self.fits:
-            return [f"fits in {shown(self.memory)}, {shown(self.memory - self.peak)} to spare"]
+            spare = shown(self.memory - self.peak)
+            return [f"fits in {shown(self.memory)}: {spare} are left for a GPU's context and its allocator's gaps"]
         lines = [f"does not fit in {shown(self.memory)}: {shown(self.peak - self.memory)} too much"]
         return lines + [f"  {each}" for each in self.proposals] + [f"  note: {note}" for note in self.notes]
 

@@ -124,6 +124,8 @@ def _training(model: Any, batch: Batch) -> Iterator[None]:
 
 def _forward(model: Any, assumed: Assumed, batch: Batch) -> Callable[[], Tensor]:
     """What runs a micro-batch up to its loss."""
+    if "input_ids" not in forward_parameters(base_class(model)):
+        raise AdapterError(f"rows of tokens are planned, and a {type(model).__name__} takes no input_ids.")
     ids = torch.zeros((batch.rows, batch.tokens), dtype=torch.long)
     inputs = {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if batch.padded else {})}
     how = loss_kind(model)
@@ -136,12 +138,18 @@ def _forward(model: Any, assumed: Assumed, batch: Batch) -> Callable[[], Tensor]
 
         return labelled
     if how == OWN:
-        with evaluating(model):
-            logits = model(input_ids=ids[:1, :8]).logits
-        own = torch.zeros(logits.shape[:-1][:1] if logits.dim() == 2 else ids.shape, dtype=torch.long)
-        own = own.expand(batch.rows).clone() if own.dim() == 1 else own
+        own = _own_labels(model, ids)
         return lambda: cast(Tensor, model(**inputs, labels=own).loss)
     return lambda: cast(Tensor, model(**inputs)[0].float().square().mean())
+
+
+def _own_labels(model: Any, ids: Tensor) -> Tensor:
+    """Labels of the shape that the model's own loss takes: one for each row, or for each token."""
+    if model.config.is_encoder_decoder:
+        return torch.zeros_like(ids)
+    with evaluating(model):
+        logits = model(input_ids=ids[:1, :8]).logits
+    return torch.zeros_like(ids) if logits.dim() == 3 else torch.zeros(len(ids), dtype=torch.long)
 
 
 def loss_kind(model: Any) -> str:
