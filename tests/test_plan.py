@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -405,3 +407,12 @@ def test_the_command(tmp_path: Path) -> None:
         refused = runner.invoke(app, ["plan", str(tmp_path), "--set", setting])
         assert refused.exit_code == 1
         assert says in refused.stderr
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_readme_shows_what_is_printed() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    command, printed = re.search(r"```sh\nadapters (plan [^\n]+)\n```.*?```text\n(.*?)```", readme, re.S).groups()  # type: ignore[union-attr]
+    done = runner.invoke(app, shlex.split(command))
+    assert done.stdout == printed
