@@ -25,6 +25,8 @@ class _Held:
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, knows every storage that an op made and nobody has let go of; each counts once, however viewed.
 
+    What a kernel takes and gives back within one op is not seen.
+
     Attributes:
         groups: bytes alive now, by group.
         peak: bytes alive by group when their sum was largest since `start`.
@@ -43,7 +45,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.at = ""
 
     def claim(self, tensors: Iterable[Tensor], group: str) -> None:
-        """Puts the storages of `tensors` into `group`, those among them that no op under this mode has made."""
+        """Puts the storages of `tensors` into `group`, also those that no op under this mode has made."""
         for tensor in tensors:
             held = self._note(tensor)
             if held is not None:
@@ -64,11 +66,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._note(leaf)
-        within = _WITHIN.get(str(func))
-        extra = within(*args) if within is not None else 0
-        if sum(self.groups.values()) + extra > sum(self.peak.values()):
-            self.peak = {**self.groups, OTHER: self.groups.get(OTHER, 0) + extra}
-            self.at = str(func)
+        if sum(self.groups.values()) > sum(self.peak.values()):
+            self.peak, self.at = dict(self.groups), str(func)
         return out
 
     def _note(self, tensor: Tensor) -> _Held | None:
@@ -89,12 +88,3 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _add(self, group: str, size: int) -> None:
         self.groups[group] = self.groups.get(group, 0) + size
-
-
-def _unpacked(x: Tensor, codes: Tensor, shape: Iterable[int], *rest: Any) -> int:
-    """Bytes of the weight that a product with 4-bit codes unpacks within the op, in the dtype of x."""
-    return torch.Size(shape).numel() * x.element_size()
-
-
-# ops that hold large memory while they run which no other op gave them
-_WITHIN: dict[str, Callable[..., int]] = {"bitsandbytes.gemm_4bit.default": _unpacked}

@@ -28,8 +28,8 @@ class Proposal:
 class Plan:
     """The predicted peak of a training step, in bytes of tensors, on the path that the code takes on a CPU.
 
-    `base` to `activations` are what is alive at the peak and add up to it, `at` is the op that made it. A GPU's
-    context and the gaps of its allocator come on top. `proposals` are made where it does not fit in `memory`, and
+    `base` to `activations` are what is alive at the peak and add up to it, `at` is the op that made it. What a
+    kernel takes and gives back within one op, a GPU's context and the gaps of its allocator come on top. `proposals` are made where it does not fit in `memory`, and
     `notes` say which this model cannot take.
     """
 
