@@ -371,6 +371,22 @@ def test_refusals_are_one_sentence(settings: dict[str, Any], says: str) -> None:
     assert says in str(refused.value)
 
 
+def test_what_cannot_be_planned_is_refused_with_the_reason() -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    with pytest.raises(adapters.AdapterError, match="takes no input_ids"):
+        adapters.plan(ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8)))
+    with pytest.raises(adapters.AdapterError, match="has no configuration"):
+        adapters.plan(torch.nn.Linear(4, 4))
+
+
+def test_more_tokens_than_positions_are_noted() -> None:
+    found = adapters.plan(tiny.build("gpt2"), "lora", tokens=256)
+    assert found.notes == ("the configuration has 128 positions, and a row has 256 tokens",)
+    assert "\nnote: the configuration" in str(found)
+
+
 def test_a_model_with_adapters_is_refused() -> None:
     model = tiny.build("llama")
     adapters.attach(model, "lora")

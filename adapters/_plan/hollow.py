@@ -162,6 +162,9 @@ def _build(plan: Blueprint) -> nn.Module:
     try:
         with no_init_weights():  # some initialisers draw until a value fits
             model: nn.Module = plan.cls(copy.deepcopy(plan.config))
+    except Exception as error:  # whatever a stranger's constructor may raise
+        why = " ".join(str(error).split())[:200]
+        raise AdapterError(f"a {plan.cls.__name__} cannot be built from its configuration alone: {why}") from error
     finally:
         torch.set_default_dtype(before)
     tie = getattr(model, "tie_weights", None)

@@ -18,7 +18,7 @@ from adapters._plan.sizes import bytes_in
 from adapters._plan.step import Batch, Peak, loss_kind, measure
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OF_ATTACH = ("targets", "head")
+_OF_ATTACH = ("targets", "head", "tokenizer")
 
 
 def plan(
@@ -46,7 +46,7 @@ def plan(
         model: an embedded name, a Hub id, a folder with a config.json, a configuration, or a live model, which is not
             touched.
         method: as `attach` takes it.
-        rows, tokens: of a micro-batch, all rows being full: the largest that a run has.
+        rows, tokens: of a micro-batch, all rows being full and below each other: the largest that a run has.
         memory: what there is, in bytes, or as in "24GB"; where the step does not fit, other settings are proposed.
         learned: tokens of a row that have a label; all by default, and so many logits are made at a time.
         dtype: of the base; by default as `load_base` chooses it.
@@ -55,7 +55,7 @@ def plan(
         accumulation: micro-batches of a step; from the second on, gradients are there during the forward.
         padded: rows differ in length, so that there is a mask.
         kind: as `load_base` takes it.
-        hyperparameters: fields of the method; `targets` and `head` as `attach` takes them.
+        hyperparameters: fields of the method; `targets`, `head` and `tokenizer` as `attach` takes them.
 
     Raises:
         AdapterError: no such model, method or unit, or a model that cannot be run on fake tensors.
@@ -81,7 +81,15 @@ def plan(
         short = there is not None and peak.total > there
         more, notes = propose(batch, now, peak.total, there, size) if short and there is not None else ((), ())
     facts = {"model": drawn.name, "method": chosen.name, "dtype": str(drawn.dtype).removeprefix("torch."), "bits": now}
+    notes = (*_short_of_positions(drawn.config, tokens), *notes)
     return from_peak(peak, **facts, batch=batch, loss=loss, memory=there, proposals=more, notes=notes)
+
+
+def _short_of_positions(config: Any, tokens: int) -> tuple[str, ...]:
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions >= tokens:
+        return ()
+    return (f"the configuration has {positions:,} positions, and a row has {tokens:,} tokens",)
 
 
 class _Stage:
@@ -112,6 +120,7 @@ class _Stage:
 
     def _of(self, bits: int) -> Hollow:
         if self._hollow is None or self._bits != bits:
+            self._hollow = None  # the next one may be refused
             self._stack.close()
             self._hollow = self._stack.enter_context(hollow(self.drawn.in_bits(bits), self.method, self.options))
             self._bits = bits

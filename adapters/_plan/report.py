@@ -28,9 +28,9 @@ class Proposal:
 class Plan:
     """The predicted peak of a training step, in bytes of tensors, on the path that the code takes on a CPU.
 
-    `base` to `activations` are what is alive at the peak and add up to it, `at` is the op that made it. What a
-    kernel takes and gives back within one op, a GPU's context and the gaps of its allocator come on top. `proposals` are made where it does not fit in `memory`, and
-    `notes` say which this model cannot take.
+    `base` to `activations` are what is alive at the peak and add up to it, `at` is the op that made it. What a kernel
+    takes and gives back within one op, a GPU's context and the gaps of its allocator come on top. `proposals` are made
+    where it does not fit in `memory`, and `notes` say what to look at, and what this model cannot take.
     """
 
     model: str
@@ -66,7 +66,7 @@ class Plan:
         lines = [f"{self.model}, {self.method}: {describe(self.batch, self.bits)}, {self.dtype}"]
         for name in ("base", "adapter", "gradients", "moments", "activations", "peak"):
             lines.append(f"  {name:<12}{shown(getattr(self, name)):>12}  {self._about(name)}".rstrip())
-        return "\n".join([*lines, *self._verdict()])
+        return "\n".join([*lines, *self._verdict(), *(f"note: {note}" for note in self.notes)])
 
     def _about(self, name: str) -> str:
         none_yet = "" if self.gradients else f"none yet at the peak, {shown(self.adapter)} after the backward pass"
@@ -86,7 +86,7 @@ class Plan:
             spare = shown(self.memory - self.peak)
             return [f"fits in {shown(self.memory)}: {spare} are left for a GPU's context and its allocator's gaps"]
         lines = [f"does not fit in {shown(self.memory)}: {shown(self.peak - self.memory)} too much"]
-        return lines + [f"  {each}" for each in self.proposals] + [f"  note: {note}" for note in self.notes]
+        return lines + [f"  {each}" for each in self.proposals]
 
 
 def describe(batch: Batch, bits: int) -> str:
