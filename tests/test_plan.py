@@ -431,4 +431,9 @@ def test_the_readme_shows_what_is_printed() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     command, printed = re.search(r"```sh\nadapters (plan [^\n]+)\n```.*?```text\n(.*?)```", readme, re.S).groups()  # type: ignore[union-attr]
     done = runner.invoke(app, shlex.split(command))
-    assert done.stdout == printed
+    number = r"\d[\d,]*(?:\.\d+)?"
+    assert re.sub(number, "#", done.stdout) == re.sub(number, "#", printed)
+    found, shown_there = (
+        [float(n.replace(",", "")) for n in re.findall(number, text)] for text in (done.stdout, printed)
+    )
+    assert found == pytest.approx(shown_there, rel=0.03)  # other releases of transformers keep a little more or less
