@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from adapters._errors import AdapterError, DamagedAdapter, WrongBase
     from adapters._hub import load_base
     from adapters._merge import Certificate, merge
+    from adapters._plan import Plan, Proposal, plan
     from adapters._pool import Pool, PoolStatus
     from adapters._quantize import QuantizeReport, quantize
     from adapters._selection import Average, Parallel, Split, Stack
@@ -73,6 +74,7 @@ _WHERE = {
     "_errors": "AdapterError DamagedAdapter WrongBase",
     "_hub": "load_base",
     "_merge": "Certificate merge",
+    "_plan": "Plan Proposal plan",
     "_pool": "Pool PoolStatus",
     "_quantize": "QuantizeReport quantize",
     "_selection": "Average Parallel Split Stack",
@@ -102,8 +104,10 @@ __all__ = [
     "LoadReport",
     "Method",
     "Parallel",
+    "Plan",
     "Pool",
     "PoolStatus",
+    "Proposal",
     "QuantizeReport",
     "ResizeReport",
     "Rows",
@@ -138,6 +142,7 @@ __all__ = [
     "merge",
     "methods",
     "peft_config",
+    "plan",
     "quantize",
     "read",
     "resize",

@@ -48,7 +48,7 @@ def test_help_teaches() -> None:
     done = runner.invoke(app, ["--help"])
     assert done.exit_code == 0
     assert "adapters train recipes/quickstart.yaml" in done.output
-    for command in ("methods", "sites", "doctor", "train", "eval", "generate", "inspect", "merge"):
+    for command in ("methods", "sites", "plan", "doctor", "train", "eval", "generate", "inspect", "merge"):
         page = runner.invoke(app, [command, "--help"])
         assert page.exit_code == 0
         assert f"adapters {command}" in page.output, "each page has an example"

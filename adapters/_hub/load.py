@@ -49,8 +49,7 @@ def load_base(
     Raises:
         AdapterError: there is no such model, or it cannot be read or downloaded.
     """
-    if kind is not None and kind not in get_args(Kind):
-        raise AdapterError(f"kind is {kind!r}{nearest(kind, get_args(Kind))} Kinds: {', '.join(get_args(Kind))}.")
+    _check_kind(kind)
     if name in MODELS:
         source, kwargs = str(fetch(name)), {**kwargs, "local_files_only": True}
     else:
@@ -76,6 +75,46 @@ def load_base(
     if device is not None:
         model.to(device)
     return model.eval(), tokenizer
+
+
+def read_config(name: str) -> Any:
+    """The configuration of what `load_base` would load, whose weights are left alone.
+
+    Raises:
+        AdapterError: there is no such model, or its configuration cannot be read.
+    """
+    import transformers
+
+    source = str(fetch(name)) if name in MODELS else _elsewhere(name)
+    try:
+        return transformers.AutoConfig.from_pretrained(source, local_files_only=name in MODELS)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{name!r} cannot be read: {_first_sentence(error)}") from error
+
+
+def class_of(config: Any, kind: Kind | None) -> Any:
+    """The model class that `load_base` takes for a configuration.
+
+    Raises:
+        AdapterError: the kind is unknown, or transformers has no such class for this configuration.
+    """
+    import transformers
+
+    _check_kind(kind)
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    auto = getattr(transformers, _CLASSES[kind or _kind(config)])
+    try:
+        return _get_model_class(config, auto._model_mapping)
+    except KeyError as error:
+        raise AdapterError(
+            f"transformers has no {kind or _kind(config)} model for a {type(config).__name__}."
+        ) from error
+
+
+def _check_kind(kind: str | None) -> None:
+    if kind is not None and kind not in get_args(Kind):
+        raise AdapterError(f"kind is {kind!r}{nearest(kind, get_args(Kind))} Kinds: {', '.join(get_args(Kind))}.")
 
 
 def _elsewhere(name: str) -> str:

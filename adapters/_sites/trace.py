@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
@@ -41,7 +42,7 @@ class Tracer(TorchFunctionMode):
         self._buffers = {id(buffer) for module in modules.values() for buffer in module._buffers.values()}
         for path, parameter in parameters.items():
             self._names.setdefault(id(parameter), path)
-            if parameter.numel() and parameter.device.type != "meta":
+            if parameter.numel() and _in_memory(parameter):
                 self._storages.setdefault(parameter.untyped_storage().data_ptr(), path)
 
     def value(self, tensor: Tensor) -> Value:
@@ -65,7 +66,7 @@ class Tracer(TorchFunctionMode):
             for name, parameter in module._parameters.items():
                 if parameter is tensor:
                     return f"{self.stack[-1].path}.{name}"
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type == "meta" or not tensor.numel():
+        if type(tensor) not in (Tensor, nn.Parameter) or not _in_memory(tensor) or not tensor.numel():
             return None
         try:
             return self._storages.get(tensor.untyped_storage().data_ptr())
@@ -214,6 +215,10 @@ class Tracer(TorchFunctionMode):
             self.graph.calls.append(call)
 
         return leave
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
 
 
 def _slots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Slot, Tensor]]:

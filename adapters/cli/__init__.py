@@ -14,6 +14,7 @@ from adapters.cli.generate import generate_text
 from adapters.cli.inspect import inspect_adapter
 from adapters.cli.merge import merge_adapter
 from adapters.cli.methods import list_methods
+from adapters.cli.plan import plan_memory
 from adapters.cli.sites import list_sites
 from adapters.cli.train import train_recipe
 
@@ -52,6 +53,7 @@ def _root(
 for _name, _command in (
     ("methods", list_methods),
     ("sites", list_sites),
+    ("plan", plan_memory),
     ("doctor", examine_recipe),
     ("train", train_recipe),
     ("eval", evaluate_adapter),
