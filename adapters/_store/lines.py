@@ -75,6 +75,14 @@ def digest(raw: bytes, written: bytes) -> str:
     return found.hexdigest()
 
 
+def sealed(raw: bytes, found: str) -> bytes:
+    """A record's text with the digest `found` in the place of the empty one."""
+    line = b"\n" + _key("digest")
+    before, empty, after = raw.partition(line + _text(""))
+    assert empty, "a record has a digest, empty until it is sealed"
+    return before + line + _text(found) + after
+
+
 def _key(key: str) -> bytes:
     return f"{json.dumps(key)}: ".encode("ascii")
 

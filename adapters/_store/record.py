@@ -76,7 +76,8 @@ def encode(bundle: Bundle, file_keys: Mapping[str, str], config: bytes | None, c
         "tokens": tokens_record(bundle.tokens),
         "digest": "",
     }
-    return lines.text({**record, "digest": sha(lines.text(record))})
+    raw = lines.text(record)
+    return lines.sealed(raw, sha(raw))
 
 
 def decode(view: View, check: bool = True) -> Bundle:
