@@ -373,16 +373,21 @@ def under(model: Any, selection: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def pooled(
-    folders: dict[str, list[Path]], memory: float | None, ram: float | None = None, method: str = "lora"
+    folders: dict[str, list[Path]],
+    memory: float | None,
+    ram: float | None = None,
+    method: str = "lora",
+    slots: int | None = None,
+    count: int = COUNT,
 ) -> tuple[Any, Any, int]:
-    """A model and a pool of all eight adapters of a method; budgets are in adapters."""
+    """A model and a pool of the first adapters of a method; budgets are in adapters."""
     model = fresh()
     adapters.load(model, folders[method][0], name="probe")
     each = own(model, "probe")
     adapters.detach(model, "probe")
     budget = {"memory": memory, "ram": ram}
-    pool = adapters.Pool(model, **{key: None if x is None else int(x * each) for key, x in budget.items()})
-    for index, folder in enumerate(folders[method]):
+    pool = adapters.Pool(model, **{key: None if x is None else int(x * each) for key, x in budget.items()}, slots=slots)
+    for index, folder in enumerate(folders[method][:count]):
         pool.add(folder, name=f"n{index}")
     return model, pool, each
 
@@ -606,13 +611,7 @@ def test_threads_that_activate_share_a_pool(
     slots: int | None, folders: dict[str, list[Path]], wanted: dict[Path, Tensor]
 ) -> None:
     """What acts when a forward starts may be pushed out before it ends: it is the whole of one adapter all the same."""
-    model = fresh()
-    adapters.load(model, folders["lora"][0], name="probe")
-    each = own(model, "probe")
-    adapters.detach(model, "probe")
-    pool = adapters.Pool(model, memory=3 * each, slots=slots)
-    for index in range(6):
-        pool.add(folders["lora"][index], name=f"n{index}")
+    model, _, _ = pooled(folders, memory=3, slots=slots, count=6)
     possible = [wanted[folders["lora"][index]] for index in range(6)]
     wrong: list[Any] = []
 
@@ -644,13 +643,7 @@ def test_threads_that_activate_share_a_pool(
 def test_a_forward_under_way_keeps_what_is_pushed_out(
     slots: int | None, folders: dict[str, list[Path]], wanted: dict[Path, Tensor]
 ) -> None:
-    model = fresh()
-    adapters.load(model, folders["lora"][0], name="probe")
-    each = own(model, "probe")
-    adapters.detach(model, "probe")
-    pool = adapters.Pool(model, memory=2 * each, slots=slots)
-    for index in range(8):
-        pool.add(folders["lora"][index], name=f"n{index}")
+    model, _, _ = pooled(folders, memory=2, slots=slots)
     adapters.activate(model, "n0")
     busy: list[int] = []
 

@@ -70,6 +70,12 @@ class Layout:
             if first is not None:
                 first.forget()
 
+    def joined(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The blocks of a row of these tensors, flat; they are copied, unless they are `Given` and lie so already."""
+        owned = isinstance(tensors, Given)
+        with torch.no_grad():
+            return [_joined([tensors[name] for name in names], owned) for names in self.order]
+
     @property
     def nbytes(self) -> int:
         """Bytes of one row."""
@@ -116,8 +122,7 @@ class Row:
         self.left: int | None = None  # the slot that it has left, which some of them may still read
         self._views: dict[str, dict[str, Tensor]] = {}
         with torch.inference_mode(False), torch.no_grad():
-            owned = isinstance(tensors, Given)
-            self._fill([_joined([tensors[name] for name in names], owned) for names in layout.order])
+            self._fill(layout.joined(tensors))
 
     def _fill(self, blocks: list[Tensor]) -> None:
         """Takes these blocks for its own, on their devices, or writes them into a slot of the layout's table."""

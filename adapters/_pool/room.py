@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from adapters._attach.bank import key_of
@@ -69,5 +68,4 @@ def _reread(entry: Entry, model: nn.Module) -> list[Tensor]:
     same = entry.layout.key == key_of(bundle.method, bundle.sites, bundle.tensors)
     if not same or bundle.digest != entry.digest:
         raise AdapterError(f"{entry.folder} has changed since {entry.name!r} was added to the pool: add it anew.")
-    with torch.no_grad():
-        return [torch.cat([bundle.tensors[key].reshape(-1) for key in keys]) for keys in entry.layout.order]
+    return entry.layout.joined(bundle.tensors)

@@ -9,7 +9,6 @@ Parts are written first and never overwritten, so that the top, committed in one
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from adapters._selection import Part, record_of
 from adapters._store import commit
 from adapters._store.bundle import CARD, OWNED, PARTS, RECORD, WEIGHTS, method_record
 from adapters._store.reading import open_folder
+from adapters._store.record import sha
 
 FORMAT = 1
 FOLDER = re.compile(r"part-[0-9a-f]{16}")
@@ -110,11 +110,6 @@ def record_in(place: str) -> dict[str, Any] | None:
     if not known or not all(FOLDER.fullmatch(str(e.get("folder"))) and "record" in e for e in parts.values()):
         raise DamagedAdapter(f"{PARTS} does not say which parts a composition has, and in which folders.")
     return record  # type: ignore[no-any-return]
-
-
-def sha(content: bytes) -> str:
-    """The SHA-256 of some bytes, in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def _text(value: Any) -> bytes:
