@@ -16,25 +16,31 @@ Attention = Callable[..., Any]  # (module, query, key, value, attention_mask, ..
 Wrapper = Callable[[Attention, str], Attention]  # of an attention and its name
 
 _wrappers: dict[str, Wrapper] = {}
+_outermost: dict[str, Wrapper] = {}  # those that see a call before all others
 _transformers_own: list[Callable[..., Attention]] = []  # filled once; what is under way may still need it
 _lock = RLock()
 
 
-def wrap_attention(key: str, wrapper: Wrapper) -> None:
-    """Wraps every attention from now on; the same key again changes nothing."""
+def wrap_attention(key: str, wrapper: Wrapper, outermost: bool = False) -> None:
+    """Wraps every attention from now on; the same key again changes nothing.
+
+    Args:
+        outermost: around the wrappers that are not, whichever came first.
+    """
     from transformers.modeling_utils import AttentionInterface
 
     with _lock:
         if not _transformers_own:
             _transformers_own.append(AttentionInterface.get_interface)
-        _wrappers.setdefault(key, wrapper)
+        (_outermost if outermost else _wrappers).setdefault(key, wrapper)
         AttentionInterface.get_interface = _get_interface
 
 
 def unwrap_attention(key: str) -> None:
     """Undoes `wrap_attention`."""
     with _lock:
-        if _wrappers.pop(key, None) is None or _wrappers:
+        found = _wrappers.pop(key, None) or _outermost.pop(key, None)
+        if found is None or _wrappers or _outermost:
             return
         from transformers.modeling_utils import AttentionInterface
 
@@ -54,6 +60,6 @@ def wrapping_attention(wrapper: Wrapper) -> Iterator[None]:
 
 def _get_interface(self: Any, name: str, default: Attention) -> Attention:
     attend = _transformers_own[0](self, name, default)
-    for wrapper in tuple(_wrappers.values()):
+    for wrapper in (*_wrappers.values(), *_outermost.values()):
         attend = wrapper(attend, name or "eager")
     return attend

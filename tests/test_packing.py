@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import adapters
 from adapters.train import Packing, probe_packing
 from adapters.train.batches import CheaperRows, OneRow, PaddedRows
+from adapters.train.documents import splitting
 from adapters.train.loss import score, takes_columns
 from adapters.train.packing import block_mask, mask_dtype, restarting
 from tests.matrix.build import build
@@ -68,6 +69,9 @@ def shake(model: Any) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
+BY_DOCUMENT = {"llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "phi3", "mistral", "qwen3_moe", "opt"}
+
+
 @pytest.mark.parametrize("kind_of", KINDS, ids=str)
 def test_sharing_a_row_changes_neither_loss_nor_gradients(kind_of: str) -> None:
     for method, hyperparameters in METHODS.items():
@@ -78,18 +82,23 @@ def test_sharing_a_row_changes_neither_loss_nor_gradients(kind_of: str) -> None:
         assert found.kind == KINDS[kind_of], (method, str(found))
         shared = PaddedRows(0)(DOCUMENTS) if found.kind == "padded" else OneRow()(DOCUMENTS)
         assert shared["input_ids"].shape == ((3, 7) if found.kind == "padded" else (1, 15))
-        scored = score(model, shared, takes_columns(model), mask_dtype(model) if found.kind == "masked" else None)
+        assert found.by_document == (kind_of in BY_DOCUMENT), (method, str(found))
+        mask = mask_dtype(model) if found.kind == "masked" else None
         expected = alone(model)
-        assert int(scored.count) == COUNT
-        torch.testing.assert_close(scored.total, expected, rtol=1e-5, atol=1e-5)
-        ours, theirs = gradients(model, scored.total), gradients(model, expected)
-        assert ours.keys() == theirs.keys()
-        assert len(ours) > 0
-        for name, gradient in ours.items():
-            assert gradient.abs().max() > 0, name
-            torch.testing.assert_close(
-                gradient, theirs[name], rtol=1e-4, atol=1e-5 + 1e-5 * float(theirs[name].abs().max())
-            )
+        theirs = gradients(model, expected)
+        for by_document in {False, found.by_document}:
+            with splitting(lambda: None):
+                scored = score(model, shared, takes_columns(model), mask, by_document)
+                ours = gradients(model, scored.total)
+            assert int(scored.count) == COUNT
+            torch.testing.assert_close(scored.total, expected, rtol=1e-5, atol=1e-5)
+            assert ours.keys() == theirs.keys()
+            assert len(ours) > 0
+            for name, gradient in ours.items():
+                assert gradient.abs().max() > 0, name
+                torch.testing.assert_close(
+                    gradient, theirs[name], rtol=1e-4, atol=1e-5 + 1e-5 * float(theirs[name].abs().max())
+                )
 
 
 def test_where_the_probe_says_no_a_shared_row_is_another_loss() -> None:

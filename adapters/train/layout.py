@@ -61,7 +61,8 @@ def make_collator(packing: Packing, layout: str, args: Any, model: Any, padded: 
     config = model.config.get_text_config()
     flash = "flash" in str(getattr(config, "_attn_implementation", None))
     width = getattr(config, "hidden_size", None)
-    if layout == "packed" or args.packing or args.padding_free or flash or not isinstance(width, int):
+    demanded = layout == "packed" or args.packing or args.padding_free
+    if demanded or packing.by_document or flash or not isinstance(width, int):
         return OneRow()
     return CheaperRows(padded, width)
 

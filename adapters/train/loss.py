@@ -14,6 +14,7 @@ from torch import Tensor
 from adapters._attach.state import unwrapped
 from adapters._evaluating import evaluating
 from adapters.data.tokens import IGNORED
+from adapters.train.documents import lengths_of
 from adapters.train.packing import block_mask
 
 
@@ -33,6 +34,7 @@ def score(
     batch: Mapping[str, Any],
     columns_only: bool,
     mask: torch.dtype | None = None,
+    by_document: bool = False,
     **inputs: Any,
 ) -> Scored:
     """Runs a batch and compares the predictions with its labels.
@@ -46,6 +48,7 @@ def score(
             or `position_ids` where documents share a row; labels are -100 where nothing is learned.
         columns_only: the model takes the positions whose logits are wanted; otherwise all are computed.
         mask: the dtype of the block-diagonal mask that keeps documents in a row apart; None: `position_ids` do.
+        by_document: attention is told the lengths of the documents in a row.
         inputs: further arguments of the forward.
     """
     targets = batch["labels"][:, 1:]  # position t predicts token t + 1
@@ -53,6 +56,8 @@ def score(
     inputs = {**{key: value for key, value in batch.items() if key != "labels"}, "use_cache": False, **inputs}
     if mask is not None and "position_ids" in batch and "attention_mask" not in batch:
         inputs["attention_mask"] = block_mask(batch["position_ids"], mask)
+    if by_document and "position_ids" in batch:
+        inputs |= lengths_of(batch["position_ids"])
     if columns_only:
         inputs["logits_to_keep"] = columns
     outputs = model(**inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adapters._attach.state import unwrapped
 from adapters._evaluating import evaluating
+from adapters.train.documents import lengths_of, splitting
 
 Kind = Literal["packed", "masked", "padded"]
 LENGTHS = (7, 12, 9)  # tokens of the three documents
@@ -31,12 +32,14 @@ class Packing:
         difference: between a document in the shared row and the same document alone: the norm of the difference of a
             token's logits over the norm of the logits, at the worst token.
         effect: in the same measure, what exchanging the first document does to the others where they do see it.
+        by_document: attention takes the lengths of the documents, and spares the pairs of tokens between them.
     """
 
     kind: Kind
     reason: str
     difference: float | None = None
     effect: float | None = None
+    by_document: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.reason}"
@@ -64,10 +67,10 @@ def probe_packing(model: Any) -> Packing:
             return Packing("padded", f"the probe could not run: {_line(error)}")
         packed = probe.tried("packed")
         if packed.kind != "padded":
-            return packed
+            return replace(packed, by_document=probe.by_document("packed"))
         masked = probe.tried("masked")
         if masked.kind != "padded":
-            return masked
+            return replace(masked, by_document=probe.by_document("masked"))
     return Packing("padded", f"{packed.reason}; with a mask, {masked.reason}", packed.difference, packed.effect)
 
 
@@ -91,6 +94,11 @@ def mask_dtype(model: Any) -> torch.dtype:
     return found
 
 
+def _counting(ids: Tensor) -> Tensor:
+    """The positions of a document alone."""
+    return torch.arange(ids.shape[1], device=ids.device)[None]
+
+
 class _Probe:
     """The truth about three documents, and what a row that shares them is held against."""
 
@@ -112,10 +120,29 @@ class _Probe:
         # the first document sees nothing else in any row, so that this is what shapes and kernels do to the rounding
         self.rounding = float(_relative(one, self.alone)[: lengths[0]].max())
 
-    def tried(self, kind: Literal["packed", "masked"]) -> Packing:
+    def by_document(self, kind: Literal["packed", "masked"]) -> bool:
+        """Whether attention can be computed for each document, with the same result.
+
+        A document alone goes through the same products, so that only documents that see each other make a difference;
+        what their rounding differs in from the model's own must be small beside what seeing others would change.
+        """
+        seen: list[None] = []
+        before = self.alone
+        try:
+            with splitting(lambda: seen.append(None)):
+                pieces = [self.row[:, start:end] for start, end in pairwise(self.ends)]
+                self.alone = torch.cat([self._logits(ids, **lengths_of(_counting(ids))) for ids in pieces])
+                found = self.tried(kind, **lengths_of(self.positions))
+                return bool(seen) and found.kind == kind and self._change(before, self.alone) <= self.effect / 2
+        except Exception:  # a model may take no such arguments
+            return False
+        finally:
+            self.alone = before
+
+    def tried(self, kind: Literal["packed", "masked"], **lengths: Any) -> Packing:
         if kind == "masked" and self.window is not None and self.window > _LONGEST - 5:
             return Packing("padded", f"the attention's window of {self.window} tokens would be lost")
-        inputs = {"position_ids": self.positions}
+        inputs = {"position_ids": self.positions, **lengths}
         if kind == "masked":
             inputs["attention_mask"] = block_mask(self.positions, mask_dtype(self.model))
         try:
@@ -139,7 +166,7 @@ class _Probe:
         text = getattr(self.model.config.get_text_config(), "vocab_size", None) or vocabulary
         return torch.randint(0, min(text, vocabulary), (1, self.ends[-1]), generator=generator).to(self.device)
 
-    def _logits(self, ids: Tensor, **inputs: Tensor) -> Tensor:
+    def _logits(self, ids: Tensor, **inputs: Any) -> Tensor:
         logits: Tensor = self.model(input_ids=ids, use_cache=False, **inputs).logits[0]
         if not torch.isfinite(logits).all():
             raise ValueError("the logits are not finite")

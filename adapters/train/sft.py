@@ -18,6 +18,7 @@ from adapters.data import DataReport
 from adapters.train import adopt, options
 from adapters.train.ahead import started
 from adapters.train.batches import PaddedRows
+from adapters.train.documents import split_rows
 from adapters.train.layout import choose_packing, make_collator, obstacle
 from adapters.train.loss import Scored, score, takes_columns
 from adapters.train.packing import Packing, mask_dtype
@@ -132,6 +133,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
             self.packing = choose_packing(self.model, layout, asked, against, self._left_to_trl or balanced)
             self._columns_only = self._left_to_trl is None and takes_columns(self.model)
         self._mask = mask_dtype(self.model) if self.packing.kind == "masked" else None
+        if self.packing.by_document:
+            split_rows(self)
         if ours:
             self.data_collator = make_collator(self.packing, layout, asked, self.model, self._padded)
         if asked.packing:
@@ -161,7 +164,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         if not self.model.training and not self._rows.packs_evaluation:
             inputs = without_repeats(self.accelerator, inputs, self.args.per_device_eval_batch_size)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        found = score(model, inputs, self._columns_only and not return_outputs, self._mask, **router)
+        columns_only, by_document = self._columns_only and not return_outputs, self.packing.by_document
+        found = score(model, inputs, columns_only, self._mask, by_document, **router)
         self._count(found, inputs)
         loss = found.total / torch.as_tensor(found.count if num_items_in_batch is None else num_items_in_batch).clamp(1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
