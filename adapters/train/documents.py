@@ -79,8 +79,8 @@ def _wrapper(attend: Attention, name: str) -> Attention:
         if "flash" in name:
             _tell()
             return attend(module, *args, **kw)
-        given = dict(zip(_NAMES, args, strict=False)) | kw
-        q, k, v, mask = (given.get(key) for key in _NAMES)
+        # models pass the mask by position or by name, some the queries, keys and values too
+        q, k, v, mask = _four(dict(zip(_NAMES, args, strict=False)) | kw)
         if not _can_split(q, k, mask, ends, kw):
             return attend(module, *args, **kw)
         _tell()
@@ -98,6 +98,10 @@ def _wrapper(attend: Attention, name: str) -> Attention:
         return torch.cat(parts, 1), None  # (1, tokens, heads, dim)
 
     return attention
+
+
+def _four(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Any]:
+    return given["query"], given["key"], given["value"], given.get("attention_mask")
 
 
 def _can_split(q: Tensor, k: Tensor, mask: Any, ends: list[int], kw: dict[str, Any]) -> bool:
