@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,7 +21,6 @@ from adapters.train.documents import lengths_of, split_rows, splitting
 from adapters.train.loss import score
 from adapters.train.packing import restarting
 from adapters.train.within import LONGEST, attend_within
-from tests import tiny
 
 LENGTHS = [3, 7, 1, 5]
 ENDS = [0, 3, 10, 11, 16]

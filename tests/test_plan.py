@@ -26,7 +26,7 @@ from adapters._plan.proposals import propose
 from adapters._plan.sizes import bytes_in, shown
 from adapters._plan.step import Batch
 from adapters.cli import app
-from adapters.train.loss import score, takes_columns
+from adapters.train.loss import score, takes_columns, takes_pieces
 
 CLOSE = 0.02  # a tenth is promised
 runner = CliRunner()
@@ -68,10 +68,10 @@ def step_of(model: Any, method: str, rows: int, tokens: int, checkpointing: bool
     if getattr(model.config, "num_labels", 0) == 3:
         batch["labels"] = ids[:, 0] % 3
     scored = model.can_generate()
-    columns = scored and takes_columns(model)
+    columns, pieces = scored and takes_columns(model), scored and takes_pieces(model)
 
     def step() -> None:
-        loss = score(model, batch, columns).total if scored else model(**batch).loss
+        loss = score(model, batch, columns, in_pieces=pieces).total if scored else model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -159,7 +159,10 @@ def test_the_peak_of_a_real_model(rows: int, checkpointing: bool, bits: int) -> 
     plan = adapters.plan("smollm2-135m-instruct", "lora", rows=rows, tokens=64, checkpointing=checkpointing, **more)
     model, _ = adapters.load_base("smollm2-135m-instruct", quantize="nf4" if bits == 4 else None)
     step, before = step_of(model, "lora", rows, 64, checkpointing)
-    assert size(before) + allocated(step) == pytest.approx(plan.peak, rel=CLOSE)
+    assert counted(before, step) == pytest.approx(plan.peak, rel=CLOSE)
+    # on CPUs a product in 16 bits lays its second operand out anew; the largest is the head's
+    within = size(before) + allocated(step) - plan.peak
+    assert -CLOSE * plan.peak <= within <= CLOSE * plan.peak + size([model.lm_head.weight])
 
 
 @pytest.mark.real
@@ -186,8 +189,8 @@ def test_the_peak_of_a_trainer(tmp_path: Path) -> None:
     chosen: dict[str, Any] = {"processing_class": tokenizer, "adapter": "lora", "layout": "padded", "preflight": False}
     trainer = SFTTrainer(model, arguments, train_dataset=[{"messages": turns}] * 4, **chosen)
     batch = next(iter(trainer.get_train_dataloader()))
-    learned = int((batch["labels"][:, 1:] != -100).any(0).sum())
-    found = size([*model.parameters(), *model.buffers()]) + allocated(trainer.train)
+    learned = int((batch["labels"][:, 1:] != -100).sum()) // len(batch["labels"])
+    found = counted([*model.parameters(), *model.buffers()], trainer.train)
     tokens = batch["input_ids"].shape[1]
     plan = adapters.plan("smollm2-135m-instruct", "lora", rows=2, tokens=tokens, learned=learned)
     assert found == pytest.approx(plan.peak, rel=CLOSE)
@@ -202,7 +205,7 @@ def test_the_peak_with_a_mask_of_padding() -> None:
     optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad])
 
     def step() -> None:
-        score(model, {**batch, "labels": labels}, columns_only=True).total.backward()
+        score(model, {**batch, "labels": labels}, columns_only=True, in_pieces=True).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -18,7 +18,7 @@ from adapters._evaluating import evaluating
 from adapters._plan.assumed import Assumed, as_if_real
 from adapters._plan.hollow import Hollow
 from adapters._plan.ledger import OTHER, Ledger
-from adapters.train.loss import score, takes_columns
+from adapters.train.loss import score, takes_columns, takes_pieces
 
 LABELLED = "of the labelled tokens, whose logits alone are made"
 OWN = "the model's own"
@@ -130,11 +130,12 @@ def _forward(model: Any, assumed: Assumed, batch: Batch) -> Callable[[], Tensor]
     inputs = {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if batch.padded else {})}
     how = loss_kind(model)
     if how == LABELLED:
-        labels, columns = torch.zeros_like(ids), takes_columns(model)
+        labels, columns, pieces = torch.zeros_like(ids), takes_columns(model), takes_pieces(model)
 
         def labelled() -> Tensor:
-            assumed.found = batch.learned
-            return score(model, {**inputs, "labels": labels}, columns).total / (batch.rows * batch.learned)
+            assumed.found = batch.rows * batch.learned if pieces else batch.learned
+            scored = score(model, {**inputs, "labels": labels}, columns, in_pieces=pieces)
+            return scored.total / (batch.rows * batch.learned)
 
         return labelled
     if how == OWN:

@@ -13,7 +13,7 @@ from torch import Tensor
 from adapters.data.tokens import IGNORED
 from adapters.train.batches import PaddedRows
 from adapters.train.lesson import Advance
-from adapters.train.loss import score, takes_columns
+from adapters.train.loss import score, takes_columns, takes_pieces
 
 _ALONE = PaddedRows(0)  # a row by itself has no padding
 _BEGINNING = 32  # tokens of a plain text that are given, the rest being what a model should write
@@ -30,11 +30,11 @@ class Loss:
 @torch.no_grad()
 def losses(model: Any, rows: Sequence[Mapping[str, Any]], advance: Advance = lambda rows: None) -> list[Loss]:
     """The loss of each row, every row in a forward of its own, so that no layout can matter."""
-    columns_only = takes_columns(model)
+    columns_only, in_pieces = takes_columns(model), takes_pieces(model)
     found = []
     for row in rows:
         batch = {key: value.to(model.device) for key, value in _ALONE([row]).items()}
-        scored = score(model, batch, columns_only)
+        scored = score(model, batch, columns_only, in_pieces=in_pieces)
         found.append(Loss(float(scored.total), int(scored.count)))
         advance(1)
     return found

@@ -15,6 +15,7 @@ from adapters._attach.state import unwrapped
 from adapters._evaluating import evaluating
 from adapters.data.tokens import IGNORED
 from adapters.train.documents import lengths_of
+from adapters.train.head import can_stop_early, head_sums, up_to_head
 from adapters.train.packing import block_mask
 
 
@@ -35,6 +36,7 @@ def score(
     columns_only: bool,
     mask: torch.dtype | None = None,
     by_document: bool = False,
+    in_pieces: bool = False,
     **inputs: Any,
 ) -> Scored:
     """Runs a batch and compares the predictions with its labels.
@@ -49,15 +51,18 @@ def score(
         columns_only: the model takes the positions whose logits are wanted; otherwise all are computed.
         mask: the dtype of the block-diagonal mask that keeps documents in a row apart; None: `position_ids` do.
         by_document: attention is told the lengths of the documents in a row.
+        in_pieces: the head runs on labelled tokens alone, some at a time, where the model is not in shards.
         inputs: further arguments of the forward.
     """
     targets = batch["labels"][:, 1:]  # position t predicts token t + 1
-    columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
     inputs = {**{key: value for key, value in batch.items() if key != "labels"}, "use_cache": False, **inputs}
     if mask is not None and "position_ids" in batch and "attention_mask" not in batch:
         inputs["attention_mask"] = block_mask(batch["position_ids"], mask)
     if by_document and "position_ids" in batch:
         inputs |= lengths_of(batch["position_ids"])
+    if in_pieces and can_stop_early(model):
+        return _scored_in_pieces(model, inputs, targets)
+    columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
     if columns_only:
         inputs["logits_to_keep"] = columns
     outputs = model(**inputs)
@@ -70,6 +75,36 @@ def score(
         correct = ((chances.argmax(-1) == wanted) & learned).sum()
         entropy = (torch.special.entr(chances.exp()).sum(-1) * learned).sum()
     return Scored(total, learned.sum(), correct, entropy, outputs)
+
+
+def _scored_in_pieces(model: Any, inputs: Mapping[str, Any], targets: Tensor) -> Scored:
+    outputs, below = up_to_head(model, inputs)
+    states = below.last_hidden_state
+    learned = (targets != IGNORED).to(states.device).nonzero(as_tuple=True)
+    labels = targets.to(states.device)[learned]
+    if not len(labels):  # a sum over nothing, of which backward can still be taken
+        nothing = states.new_zeros((), dtype=torch.float32)
+        return Scored(states[:, :0].float().sum(), labels.sum(), nothing.long(), nothing, outputs)
+    found = head_sums(model, inputs, below, states[learned], labels)
+    return Scored(found.total, torch.tensor(len(labels), device=states.device), found.correct, found.entropy, outputs)
+
+
+def takes_pieces(model: Any) -> bool:
+    """Whether the head may run on some hidden states at a time: tried, and held against the logits of every token."""
+    if not (_takes_columns(model) and can_stop_early(model)):
+        return False
+    device = unwrapped(model).get_input_embeddings().weight.device  # type: ignore[operator]
+    ids = torch.tensor([[5, 2, 7, 3, 6, 4, 1]], device=device)
+    batch = {"input_ids": ids, "labels": torch.where(ids % 2 == 1, ids, IGNORED)}
+    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        whole = score(model, batch, False)
+        try:
+            pieces = score(model, batch, True, in_pieces=True)
+        except Exception:  # whatever a model does when its layers answer without being run
+            return False
+    precision = torch.finfo(whole.outputs.logits.dtype).eps ** 0.5
+    pairs = ((whole.total, pieces.total), (whole.entropy, pieces.entropy))
+    return all(torch.allclose(a.float(), b.float(), rtol=precision, atol=precision) for a, b in pairs)
 
 
 def takes_columns(model: Any) -> bool:

@@ -20,7 +20,7 @@ from adapters.train.ahead import started
 from adapters.train.batches import PaddedRows
 from adapters.train.documents import split_rows
 from adapters.train.layout import choose_packing, make_collator, obstacle
-from adapters.train.loss import Scored, score, takes_columns
+from adapters.train.loss import Scored, score, takes_columns, takes_pieces
 from adapters.train.packing import Packing, mask_dtype
 from adapters.train.preflight import Preflight
 from adapters.train.recipe import Training
@@ -132,6 +132,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
         with self.accelerator.autocast():
             self.packing = choose_packing(self.model, layout, asked, against, self._left_to_trl or balanced)
             self._columns_only = self._left_to_trl is None and takes_columns(self.model)
+            self._in_pieces = self._left_to_trl is None and takes_pieces(self.model)
         self._mask = mask_dtype(self.model) if self.packing.kind == "masked" else None
         if self.packing.by_document:
             split_rows(self)
@@ -165,7 +166,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[misc]
             inputs = without_repeats(self.accelerator, inputs, self.args.per_device_eval_batch_size)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         columns_only, by_document = self._columns_only and not return_outputs, self.packing.by_document
-        found = score(model, inputs, columns_only, self._mask, by_document, **router)
+        pieces = self._in_pieces and not return_outputs
+        found = score(model, inputs, columns_only, self._mask, by_document, pieces, **router)
         self._count(found, inputs)
         loss = found.total / torch.as_tensor(found.count if num_items_in_batch is None else num_items_in_batch).clamp(1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
