@@ -44,6 +44,34 @@ def run(model: Any, tokens: int = 96) -> Tensor:
     return result
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bottleneck"])
+def test_nothing_is_kept_or_computed_below_the_lowest_adapter(method: str) -> None:
+    """With an adapter in the last layer alone, backward ends there: what lies below saves nothing and gets nothing."""
+    model = tiny.build("llama").train()
+    last = len(model.model.layers) - 1
+    assert last > 0
+    adapters.attach(model, method, name="fr", targets=[f"*layers.{last}.*"])
+    assert tensors_of(model, "fr")
+    assert all(f"layers.{last}." in name for name in tensors_of(model, "fr"))
+    shake(model, "fr")
+    entered: list[bool] = []
+    model.model.layers[last].register_forward_pre_hook(lambda module, args: entered.append(args[0].requires_grad))
+    counts = []
+    for stop in (True, False):
+        with saved(model) as found:
+            if stop:
+                hidden = model.model.embed_tokens(BATCH["input_ids"])
+                for layer in model.model.layers[:last]:
+                    hidden = layer(
+                        hidden, position_embeddings=model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+                    )
+            else:
+                model(**BATCH)
+        counts.append(len(found))
+    assert counts[0] == 0 < counts[1]
+    assert entered == [False]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", ["lora", "bottleneck"])
 def test_a_site_keeps_its_input_and_nothing_else(method: str, dtype: torch.dtype) -> None:

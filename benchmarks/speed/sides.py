@@ -1,0 +1,150 @@
+"""Steps of the trainers: ours, and TRL's with PEFT's model under the settings that may be fastest."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from adapters.data.tokens import IGNORED
+from benchmarks.speed.cases import Case, Rows
+from benchmarks.trainers import _tokenizer as tokenizer_of
+from benchmarks.twins import Setting, twins
+
+
+@dataclass
+class Side:
+    """One trainer with its model; `step` makes a whole step, with AdamW at a rate of 0, and returns the loss."""
+
+    name: str
+    trainer: Any
+    model: Any
+    rows: Rows
+    around: Callable[[], Any] = contextlib.nullcontext
+
+    @property
+    def switched(self) -> bool:
+        """With what no setting of TRL's chooses on a CPU."""
+        return self.around is _labelled_only
+
+    def __post_init__(self) -> None:
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=0.0, weight_decay=0.0)
+        self.learned = sum(label != IGNORED for row in self.rows for label in row["labels"][1:])
+
+    def batch(self) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = self.trainer._prepare_inputs(self.trainer.data_collator([dict(r) for r in self.rows]))
+        return made
+
+    def gradients(self) -> float:
+        """Forward and backward; the gradients stay."""
+        self.optimizer.zero_grad()
+        self.model.train()
+        with self.around():
+            loss = self.trainer.training_step(self.trainer.model, self.batch(), torch.tensor(self.learned))
+        return float(loss)
+
+    def step(self) -> float:
+        loss = self.gradients()
+        self.optimizer.step()
+        return loss
+
+    def by_site(self) -> dict[str, Tensor]:
+        """Gradients by the path of the weight and the factor, for ours and PEFT's names alike."""
+        found = {}
+        for name, p in self.trained.items():
+            assert p.grad is not None, name
+            path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            if ".adapters." in path:
+                path, _, factor = path.partition(".adapters.")
+                factor = factor.rpartition(".")[2]
+            else:
+                path, _, factor = path.partition(".lora_")
+                factor = factor[:1].lower()
+            found[f"{path} {factor}"] = p.grad.float()
+        return found
+
+
+def sides(case: Case, setting: Setting) -> tuple[Side, list[Side], list[Side]]:
+    """(ours, TRL's under each setting, TRL's by default): equal tensors, rows and labels."""
+    import trl
+
+    import adapters.train
+
+    rows = case.rows()
+    base = Setting(base=case.base, scratch=setting.scratch)
+    ours, theirs = twins(base, case.dtype, "lora", nf4=case.nf4, **_lora(case))
+    trainer = _made(adapters.train.SFTTrainer, ours, rows, setting.folder("ours"), **_PLAIN, preflight=False)
+    mine = Side("ours", trainer, ours, rows)
+    peers = []
+    for name, free, compact in (
+        ("padded", False, False),
+        ("padding-free", True, False),
+        ("padded, labelled rows", False, True),
+        ("padding-free, labelled rows", True, True),
+    ):
+        theirs_trainer = _made(trl.SFTTrainer, theirs, rows, setting.folder("theirs"), padding_free=free, **_PLAIN)
+        peers.append(Side(name, theirs_trainer, theirs, rows, _labelled_only if compact else contextlib.nullcontext))
+    return mine, peers, [_by_default(case, base, rows)] if case.defaults else []
+
+
+_PLAIN: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}
+
+
+def _lora(case: Case) -> dict[str, Any]:
+    return {"rank": case.rank, "alpha": 2.0 * case.rank}
+
+
+def _by_default(case: Case, setting: Setting, rows: Rows) -> Side:
+    """What `SFTConfig(folder)` does: autocast to bf16, checkpointing, padded rows, the head on all tokens."""
+    import trl
+
+    _, theirs = twins(setting, case.dtype, "lora", nf4=case.nf4, **_lora(case))
+    trainer = _made(trl.SFTTrainer, theirs, rows, setting.folder("default"))
+    if trainer.args.gradient_checkpointing:
+        theirs.enable_input_require_grads()
+        theirs.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    trainer.model = trainer.accelerator.prepare_model(theirs)
+    return Side("TRL's defaults", trainer, theirs, rows)
+
+
+@contextlib.contextmanager
+def _labelled_only() -> Iterator[None]:
+    """TRL scores labelled rows alone where it has Triton; nothing but this switch keeps it from doing so on a CPU."""
+    with mock.patch("trl.trainer.utils._use_triton", return_value=True):
+        yield
+
+
+def _made(trainer: Any, model: Any, rows: Rows, folder: Path, **chosen: Any) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    more = {"preflight": chosen.pop("preflight")} if "preflight" in chosen else {}
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": len(rows),
+        "max_steps": 1000,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        **chosen,
+    }
+    tokenizer = tokenizer_of(int(model.config.get_text_config().vocab_size))
+    with contextlib.redirect_stderr(io.StringIO()):
+        made = trainer(
+            model,
+            SFTConfig(str(folder), **settings),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            **more,
+        )
+    made.current_gradient_accumulation_steps = 1
+    return made
