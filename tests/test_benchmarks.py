@@ -137,3 +137,26 @@ def test_the_results_name_versions_and_no_machine() -> None:
     assert "| r | CPU ms | 1 | 2 | PEFT | 0.500 | 0.500 | 0.500 | ok |" in text
     assert set(json.loads(json.dumps(about))) >= {"date", "cpu", "torch", "pairs"}
     assert about["seconds"] == 12
+
+
+def test_a_step_is_measured_beside_trl_and_peft(tmp_path: Path) -> None:
+    """On a tiny model: the same loss and gradients, a line for it, and numbers that follow from each other."""
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    from benchmarks.speed.cases import Case
+    from benchmarks.speed.step import measure as measure_step
+    from benchmarks.speed.table import markdown as steps_markdown
+
+    rows = [{"input_ids": [7] * (n - 3) + [6, 9, 8], "labels": [-100] * (n - 3) + [6, 9, 8]} for n in (5, 11, 8)]
+    case = Case("tiny", lambda dtype: tiny.build("llama", dtype), lambda: rows, torch.float32, defaults=True)
+    said: list[str] = []
+    found = measure_step(case, Setting(scratch=tmp_path), 2, said.append)
+    assert found.losses[0] == pytest.approx(found.losses[1], rel=1e-5)
+    assert 0 < found.gradient < 1e-4
+    assert found.head[0] == 9 + 1  # the labelled tokens, and the one whose logits the model returns
+    assert found.saved[0] < found.saved[1]
+    assert len(found.ratios) == 2
+    assert found.peer in said[0]
+    text = steps_markdown([found], {"torch": "2"})
+    assert f"| tiny | {found.ours:.2f} |" in text
+    assert f"{found.settable / found.ours:.2f}" in text

@@ -61,10 +61,9 @@ def test_nothing_is_kept_or_computed_below_the_lowest_adapter(method: str) -> No
         with saved(model) as found:
             if stop:
                 hidden = model.model.embed_tokens(BATCH["input_ids"])
+                turned = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
                 for layer in model.model.layers[:last]:
-                    hidden = layer(
-                        hidden, position_embeddings=model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
-                    )
+                    hidden = layer(hidden, position_embeddings=turned)
             else:
                 model(**BATCH)
         counts.append(len(found))

@@ -15,9 +15,10 @@ SFTTrainer with PEFT's model, the same rows in the same order and the same tenso
 autocast, under whichever of its settings was fastest in the same run: padded or padding-free, and with the head on all
 tokens or, by a switch inside TRL that only Triton devices flip, on labelled tokens alone. Times are CPU seconds,
 medians of interleaved pairs; `x` is the median of the pairs' ratios. Over ours, too: `settable`, the fastest of TRL's
-steps without that switch, and `defaults`, the step of `SFTConfig(folder)`. The floor is the time of the base's own matrix products of the step with nothing between them; it is given as a
-share of ours. Losses and gradient norms are those of the first step; `gradient` is the largest relative difference of
-one factor's gradient. Saved are MiB that autograd keeps, peak MiB of all tensors alive.
+steps without that switch, and `defaults`, the step of `SFTConfig(folder)`. The floor is the time of the base's own
+matrix products of the step with nothing between them, as a share of ours. Losses and gradient norms are those of the
+first step; `gradient` is the largest relative difference of one factor's gradient. Saved are MiB that autograd keeps,
+peak MiB of all tensors alive.
 """
 PICTURE = "growth.png"
 HEADS = ("case", "ours s", "peer s", "x", "min", "max", "fastest peer", "settable", "defaults", "floor")
