@@ -17,6 +17,8 @@ Wrapper = Callable[[Attention, str], Attention]  # of an attention and its name
 
 _wrappers: dict[str, Wrapper] = {}
 _outermost: dict[str, Wrapper] = {}  # those that see a call before all others
+# both, as what is traced reads them: they may change while a compiler looks, with a garbage collection
+_applied: tuple[Wrapper, ...] = ()
 _transformers_own: list[Callable[..., Attention]] = []  # filled once; what is under way may still need it
 _lock = RLock()
 
@@ -33,6 +35,7 @@ def wrap_attention(key: str, wrapper: Wrapper, outermost: bool = False) -> None:
         if not _transformers_own:
             _transformers_own.append(AttentionInterface.get_interface)
         (_outermost if outermost else _wrappers).setdefault(key, wrapper)
+        _apply()
         AttentionInterface.get_interface = _get_interface
 
 
@@ -40,11 +43,17 @@ def unwrap_attention(key: str) -> None:
     """Undoes `wrap_attention`."""
     with _lock:
         found = _wrappers.pop(key, None) or _outermost.pop(key, None)
-        if found is None or _wrappers or _outermost:
+        _apply()
+        if found is None or _applied:
             return
         from transformers.modeling_utils import AttentionInterface
 
         AttentionInterface.get_interface = _transformers_own[0]
+
+
+def _apply() -> None:
+    global _applied
+    _applied = (*_wrappers.values(), *_outermost.values())
 
 
 @contextmanager
@@ -60,6 +69,6 @@ def wrapping_attention(wrapper: Wrapper) -> Iterator[None]:
 
 def _get_interface(self: Any, name: str, default: Attention) -> Attention:
     attend = _transformers_own[0](self, name, default)
-    for wrapper in (*_wrappers.values(), *_outermost.values()):
+    for wrapper in _applied:
         attend = wrapper(attend, name or "eager")
     return attend

@@ -74,7 +74,14 @@ def _with_prefix(attend: Attention, name: str) -> Attention:
         q, k, v, mask = (given.get(key, kw.pop(key, None)) for key in _NAMES)
         return _attend(attend, name, prefix, (module, q, k, v, mask), args[4:], kw)
 
+    attention.__dict__["__wrapped__"] = attend
     return attention
+
+
+def without_prefix(attend: Attention, module: nn.Module) -> Attention:
+    """What `attend` comes down to at an attention where no prefix acts."""
+    inner: Attention | None = getattr(attend, "__wrapped__", None)
+    return attend if inner is None or acting_prefix(module) is not None else inner
 
 
 _NAMES = ("query", "key", "value", "attention_mask")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters._attach.injection import without_prefix
 from adapters._dispatch import Attention, unwrap_attention, wrap_attention
 from adapters.train.within import attend_within
 
@@ -85,7 +86,7 @@ def _wrapper(attend: Attention, name: str) -> Attention:
             return attend(module, *args, **kw)
         _tell()
         rest = {key: value for key, value in kw.items() if key not in (*_NAMES, *_LENGTHS)}
-        inside = attend_within(attend, module, (q, k, v, mask), ends, args[4:], rest)
+        inside = attend_within(without_prefix(attend, module), module, (q, k, v, mask), ends, args[4:], rest)
         if inside is not None:
             return inside, None
         if len(ends) == 2:
