@@ -100,8 +100,8 @@ FP32, BF16 = torch.float32, torch.bfloat16
 CASES = [
     Case("SmolLM2, function calls, fp32", smollm2, calls, FP32, defaults=True),
     Case("SmolLM2, function calls, bf16", smollm2, calls, BF16, defaults=True),
-    Case("SmolLM2, GSM8K-like, fp32", smollm2, sums, FP32, defaults=True),
-    Case("SmolLM2, GSM8K-like, bf16", smollm2, sums, BF16, defaults=True),
+    Case("SmolLM2, GSM8K-like, fp32", smollm2, sums, FP32),
+    Case("SmolLM2, GSM8K-like, bf16", smollm2, sums, BF16),
     Case("SmolLM2, function calls, nf4 (QLoRA)", smollm2, calls, BF16, nf4=True),
     *(
         Case(f"{name}, random weights, fp32", partial(drawn, config), partial(sums, 4), FP32)

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -56,7 +57,7 @@ def measure(case: Case, setting: Setting, pairs: int, tell: Callable[[str], None
     mine, peers, defaults = sides(case, setting)
     for side in (mine, *peers):
         side.step()
-    best = min(peers, key=lambda side: seconds(side.step))
+    best = min((side for side in peers if side.switched), key=lambda side: seconds(side.step))
     tell(f"fastest peer: {best.name}")
     losses = (mine.gradients(), best.gradients())
     gradient, norms = _compared(mine, best)
@@ -71,12 +72,13 @@ def measure(case: Case, setting: Setting, pairs: int, tell: Callable[[str], None
         tell(f"{times[-1][0]:.2f} s beside {times[-1][1]:.2f} s")
     settable = min((side for side in peers if not side.switched), key=lambda side: seconds(side.step))
     tell(f"fastest peer without the switch: {settable.name}")
-    without = median(seconds(settable.step) for _ in range(3))
+    without = median(seconds(settable.step) for _ in range(2))
     default = None
     for side in defaults:
         side.step()
-        default = median(seconds(side.step) for _ in range(3))
+        default = median(seconds(side.step) for _ in range(2))
     both = (mine, best)
+    counted = [_counted(side) for side in both]
     return Measured(
         case.name,
         best.name,
@@ -85,14 +87,14 @@ def measure(case: Case, setting: Setting, pairs: int, tell: Callable[[str], None
         tuple(theirs / ours for ours, theirs in times),
         without,
         default,
-        _floor(mine),
+        _floor(counted[0]),
         losses,
         norms,
         gradient,
         _two(saved_bytes(side.gradients, _own(side))[0] for side in both),
-        _two(_peak(side) for side in both),
-        _two(_ops(side) for side in both),
-        _two(_rows_of_head(side) for side in both),
+        _two(each.peak for each in counted),
+        _two(each.operators for each in counted),
+        _two(each.rows_of_head(mine) for each in counted),
         _profile(mine),
     )
 
@@ -126,14 +128,28 @@ def _compared(ours: Side, theirs: Side) -> tuple[float, tuple[float, float]]:
     return worst, (norms[0], norms[1])
 
 
-def _peak(side: Side) -> float:
-    """MiB of tensors alive at most in a step, those of the model among them."""
+@dataclass(frozen=True)
+class _Counted:
+    """Of a step: MiB of tensors alive at most, those of the model among them; operators launched; its products."""
+
+    peak: float
+    operators: int
+    products: Counter[tuple[Any, ...]]
+
+    def rows_of_head(self, side: Side) -> int:
+        """Tokens that the output layer computes logits for."""
+        words = int(side.model.config.get_text_config().vocab_size)
+        return sum(a[0] * count for (a, b, _), count in self.products.items() if b[1] == words)
+
+
+def _counted(side: Side) -> _Counted:
+    side.optimizer.zero_grad()
     gc.collect()
     ledger = Ledger()
     ledger.claim([*_own(side), *(t for state in side.optimizer.state.values() for t in state.values())], "model")
-    with ledger:
+    with ledger, _Counting() as counting:
         side.step()
-    return sum(ledger.peak.values()) / 2**20
+    return _Counted(sum(ledger.peak.values()) / 2**20, counting.count, counting.products)
 
 
 def _profile(side: Side) -> dict[str, float]:
@@ -160,32 +176,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _ops(side: Side) -> int:
-    """Operators launched in a step."""
-    with _Counting() as counting:
-        side.step()
-    return counting.count
-
-
-def _rows_of_head(side: Side) -> int:
-    """Tokens that the output layer computes logits for."""
-    seen = _products(side, forward_only=True)
-    words = int(side.model.config.get_text_config().vocab_size)
-    return sum(a[0] * count for (a, b, _), count in seen.items() if b[1] == words)
-
-
-def _products(side: Side, forward_only: bool = False) -> Counter[tuple[Any, ...]]:
-    with _Counting() as counting:
-        if forward_only:
-            side.model.train()
-            with side.around():
-                side.trainer.compute_loss(side.trainer.model, side.batch(), num_items_in_batch=torch.tensor(1))
-        else:
-            side.gradients()
-    return counting.products
-
-
-def _floor(side: Side) -> float:
+def _floor(counted: _Counted) -> float:
     """Seconds of the base's own products of the step, one after the other, with nothing between them.
 
     Those with a weight, in forward and backward, on the tokens of the rows without padding, and the head on labelled
@@ -193,8 +184,8 @@ def _floor(side: Side) -> float:
     """
     total = 0.0
     small = 2 * 16
-    for (a, b, dtype), count in _products(side).items():
+    for (a, b, dtype), count in counted.products.items():
         if min(*a, *b) > small:
             left, right = torch.randn(a, dtype=dtype), torch.randn(b[::-1], dtype=dtype).mT
-            total += count * min(seconds(lambda left=left, right=right: left @ right) for _ in range(4))
+            total += count * min(seconds(partial(torch.mm, left, right)) for _ in range(4))
     return total
