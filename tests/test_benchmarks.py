@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,6 @@ def test_a_step_is_measured_beside_trl_and_peft(tmp_path: Path) -> None:
     assert found.saved[0] < found.saved[1]
     assert len(found.ratios) == 2
     assert found.peer in said[0]
-    text = steps_markdown([found], {"torch": "2"})
+    text = steps_markdown([json.loads(json.dumps({"about": {"torch": "2"}, **asdict(found)}))])
     assert f"| tiny | {found.ours:.2f} |" in text
     assert f"{found.settable / found.ours:.2f}" in text

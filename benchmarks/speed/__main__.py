@@ -6,9 +6,10 @@ import json
 import os
 import time
 import warnings
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,11 +21,12 @@ from rich.console import Console
 
 from benchmarks.result import facts
 from benchmarks.speed.cases import CASES
-from benchmarks.speed.step import Measured, measure
+from benchmarks.speed.step import measure
 from benchmarks.speed.table import PICTURE, markdown
 from benchmarks.twins import Setting
 
 HERE = Path(__file__).parent
+KEPT = HERE / "results.json"
 
 
 def main(
@@ -32,25 +34,35 @@ def main(
     pairs: Annotated[int, typer.Option(min=1, help="Interleaved pairs a case; medians count.")] = 5,
     plot: Annotated[bool, typer.Option(help="Also draw how a step grows with tokens, rank and layers.")] = False,
 ) -> None:
-    """Measures a step of the trainer beside TRL's and PEFT's; a run of all cases writes RESULTS.md."""
+    """Measures a step of the trainer beside TRL's and PEFT's, case by case, and writes RESULTS.md anew.
+
+    What was measured is kept in results.json with where and when, so that cases may be run on their own.
+    """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    console, start = Console(stderr=True), time.perf_counter()
+    console = Console(stderr=True)
     chosen = [case for case in CASES if fnmatchcase(case.name, cases)]
     if not chosen:
         raise typer.BadParameter(f"no case matches {cases!r}; cases: {'; '.join(case.name for case in CASES)}")
-    found: list[Measured] = []
     for case in chosen:
+        start = time.perf_counter()
         with console.status(case.name) as status:
-            found.append(measure(case, Setting(), pairs, lambda text, name=case.name: status.update(f"{name}: {text}")))  # type: ignore[misc]
-        typer.echo(json.dumps(found[-1].record()))
-    about = facts(time.perf_counter() - start, pairs)
+            measured = measure(case, Setting(), pairs, lambda text, name=case.name: status.update(f"{name}: {text}"))  # type: ignore[misc]
+        record = {"about": facts(time.perf_counter() - start, pairs), **asdict(measured)}
+        typer.echo(json.dumps(record))
+        found = _kept() | {case.name: record}
+        text = json.dumps({case.name: found[case.name] for case in CASES if case.name in found}, indent=1)
+        KEPT.write_text(f"{text}\n")
     if plot:
         from benchmarks.speed.picture import draw
 
         draw(HERE / PICTURE, console)
-    if len(chosen) == len(CASES):
-        (HERE / "RESULTS.md").write_text(markdown(found, about))
+    (HERE / "RESULTS.md").write_text(markdown(list(_kept().values())))
+
+
+def _kept() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    return found
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -48,9 +48,6 @@ class Measured:
     @property
     def ratio(self) -> float:
         return median(self.ratios)
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self) | {"ratio": self.ratio}
 
 
 def measure(case: Case, setting: Setting, pairs: int, tell: Callable[[str], None]) -> Measured:

@@ -25,9 +25,15 @@ HEADS = ("case", "ours s", "peer s", "x", "min", "max", "fastest peer", "settabl
 MORE = ("case", "loss", "peer's", "norm", "peer's", "gradient", "saved MiB", "peak MiB", "operators", "tokens in head")
 
 
-def markdown(found: Sequence[Measured], about: dict[str, Any]) -> str:
-    made = ", ".join(f"{key} {value}" for key, value in about.items())
-    parts = ["# Steps beside TRL and PEFT", PREFACE.strip(), f"Made by `python -m benchmarks.speed`: {made}."]
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """The whole of RESULTS.md, from what `results.json` holds of each case."""
+    found = [Measured(**{key: value for key, value in record.items() if key != "about"}) for record in records]
+    made = {", ".join(f"{k} {v}" for k, v in record["about"].items() if k != "seconds"): None for record in records}
+    parts = [
+        "# Steps beside TRL and PEFT",
+        PREFACE.strip(),
+        f"Made by `python -m benchmarks.speed`: {'; '.join(made)}.",
+    ]
     parts.append(_table(HEADS, [_times(each) for each in found]))
     parts.append(_table(MORE, [_numbers(each) for each in found]))
     parts.append("What fills a step of ours: operators, with their shares of its CPU time. `mm` is the floor and LoRA.")
