@@ -17,7 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import adapters
 from adapters import _dispatch
-from adapters.train import documents
+from adapters.train import documents, within
 from adapters.train.batches import OneRow
 from adapters.train.documents import lengths_of, split_rows, splitting
 from adapters.train.loss import score
@@ -61,9 +61,13 @@ def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch
     return torch.stack(heads, 1)[None]
 
 
+@pytest.mark.parametrize("block", [2, 3, 96])
 @pytest.mark.parametrize("mask", masks())
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4)])
-def test_a_document_attends_by_the_definition(mask: str, heads: tuple[int, int]) -> None:
+def test_a_document_attends_by_the_definition(
+    mask: str, heads: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(within, "BLOCK", block)
     q, k, v = operands(torch.float64, *heads)
     chosen = masks()[mask]
     found = attend_within(sdpa_attention_forward, nn.Module(), (q, k, v, chosen), ENDS, (), {"scaling": 0.3})
@@ -136,7 +140,8 @@ def test_pairs_of_tokens_in_different_documents_are_not_computed() -> None:
     adapters.attach(other, "prefix", length=2)  # of another model: what acts nowhere here is no hindrance
     # q k^T and p v in forward; in backward the scores again and four products: 7 of 2 width flops a pair
     in_attention = _flops(model, True, rows) - _flops(model, False, rows)  # torch counts none of its own on CPUs
-    assert in_attention == layers * 7 * 2 * width * 4 * 200**2
+    pairs = 96 * 96 + 104 * 200  # 96 queries see as many keys, the other 104 all 200
+    assert in_attention == layers * 7 * 2 * width * 4 * pairs
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -123,7 +123,7 @@ class _Attached(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer.to(gradient.dtype), None, None
+        return gradient * outer.to(gradient), None, None  # the head may be on another device than the layers
 
 
 def _attached(x: Tensor, number: Tensor, gradient: Tensor) -> Tensor:

@@ -37,7 +37,11 @@ class Side:
     def __post_init__(self) -> None:
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=0.0, weight_decay=0.0)
-        self.learned = sum(label != IGNORED for row in self.rows for label in row["labels"][1:])
+
+    @property
+    def learned(self) -> int:
+        """Labelled tokens of the rows."""
+        return sum(label != IGNORED for row in self.rows for label in row["labels"][1:])
 
     def batch(self) -> dict[str, Tensor]:
         made: dict[str, Tensor] = self.trainer._prepare_inputs(self.trainer.data_collator([dict(r) for r in self.rows]))
