@@ -40,30 +40,33 @@ def _tokenizer(vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0", eos_token="w2")
 
 
-def _made(trainer: Any, model: Any, setting: Setting, folder: Path) -> Any:
+def made(trainer: Any, model: Any, rows: list[dict[str, list[int]]], folder: Path, **chosen: Any) -> Any:
+    """A trainer over rows that are tokens already, in one micro-batch; `chosen` are arguments of its SFTConfig."""
     from datasets import Dataset
     from trl import SFTConfig
 
-    vocabulary = int(model.config.vocab_size)
     settings: dict[str, Any] = {
-        "per_device_train_batch_size": ROWS_A_STEP,
+        "per_device_train_batch_size": len(rows),
         "learning_rate": 1e-5,
         "max_steps": 1000,
         "report_to": [],
         "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
         "disable_tqdm": True,
         "max_length": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
+        **chosen,
     }
+    vocabulary = int(model.config.get_text_config().vocab_size)
     with contextlib.redirect_stderr(io.StringIO()):
         return trainer(
             model,
             SFTConfig(str(folder), **settings),
-            train_dataset=Dataset.from_list(_rows(vocabulary, setting.tokens)),
+            train_dataset=Dataset.from_list(rows),
             processing_class=_tokenizer(vocabulary),
         )
+
+
+PLAIN: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}  # no autocast, nothing computed twice
 
 
 def _side(trainer: Any) -> Side:
@@ -90,8 +93,9 @@ def _step(setting: Setting, dtype: torch.dtype, tolerance: float) -> Pair:
     import adapters.train
 
     ours, theirs = twins(setting, dtype, "lora", **LORA)
-    mine = _made(adapters.train.SFTTrainer, ours, setting, setting.folder("ours"))
-    peers = _made(trl.SFTTrainer, theirs, setting, setting.folder("theirs"))
+    rows = _rows(int(ours.config.vocab_size), setting.tokens)
+    mine = made(adapters.train.SFTTrainer, ours, rows, setting.folder("ours"), **PLAIN)
+    peers = made(trl.SFTTrainer, theirs, rows, setting.folder("theirs"), **PLAIN)
     return Pair(_side(mine), _side(peers), close(tolerance))
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from adapters.data.tokens import IGNORED
 from benchmarks.speed.cases import Case, Rows
-from benchmarks.trainers import _tokenizer as tokenizer_of
+from benchmarks.trainers import PLAIN, made
 from benchmarks.twins import Setting, twins
 
 
@@ -51,6 +49,7 @@ class Side:
         """Forward and backward; the gradients stay."""
         self.optimizer.zero_grad()
         self.model.train()
+        self.trainer.current_gradient_accumulation_steps = 1  # which a trainer's loop sets
         with self.around():
             loss = self.trainer.training_step(self.trainer.model, self.batch(), torch.tensor(self.learned))
         return float(loss)
@@ -85,7 +84,7 @@ def sides(case: Case, setting: Setting) -> tuple[Side, list[Side], list[Side]]:
     rows = case.rows()
     base = Setting(base=case.base, scratch=setting.scratch)
     ours, theirs = twins(base, case.dtype, "lora", nf4=case.nf4, **_lora(case))
-    trainer = _made(adapters.train.SFTTrainer, ours, rows, setting.folder("ours"), **_PLAIN, preflight=False)
+    trainer = made(adapters.train.SFTTrainer, ours, rows, setting.folder("ours"), **PLAIN)
     mine = Side("ours", trainer, ours, rows)
     peers = []
     for name, free, compact in (
@@ -94,12 +93,9 @@ def sides(case: Case, setting: Setting) -> tuple[Side, list[Side], list[Side]]:
         ("padded, labelled rows", False, True),
         ("padding-free, labelled rows", True, True),
     ):
-        theirs_trainer = _made(trl.SFTTrainer, theirs, rows, setting.folder("theirs"), padding_free=free, **_PLAIN)
+        theirs_trainer = made(trl.SFTTrainer, theirs, rows, setting.folder("theirs"), padding_free=free, **PLAIN)
         peers.append(Side(name, theirs_trainer, theirs, rows, _labelled_only if compact else contextlib.nullcontext))
     return mine, peers, [_by_default(case, base, rows)] if case.defaults else []
-
-
-_PLAIN: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}
 
 
 def _lora(case: Case) -> dict[str, Any]:
@@ -111,7 +107,7 @@ def _by_default(case: Case, setting: Setting, rows: Rows) -> Side:
     import trl
 
     _, theirs = twins(setting, case.dtype, "lora", nf4=case.nf4, **_lora(case))
-    trainer = _made(trl.SFTTrainer, theirs, rows, setting.folder("default"))
+    trainer = made(trl.SFTTrainer, theirs, rows, setting.folder("default"))
     if trainer.args.gradient_checkpointing:
         theirs.enable_input_require_grads()
         theirs.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
@@ -124,31 +120,3 @@ def _labelled_only() -> Iterator[None]:
     """TRL scores labelled rows alone where it has Triton; nothing but this switch keeps it from doing so on a CPU."""
     with mock.patch("trl.trainer.utils._use_triton", return_value=True):
         yield
-
-
-def _made(trainer: Any, model: Any, rows: Rows, folder: Path, **chosen: Any) -> Any:
-    from datasets import Dataset
-    from trl import SFTConfig
-
-    more = {"preflight": chosen.pop("preflight")} if "preflight" in chosen else {}
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": len(rows),
-        "max_steps": 1000,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "max_length": None,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        **chosen,
-    }
-    tokenizer = tokenizer_of(int(model.config.get_text_config().vocab_size))
-    with contextlib.redirect_stderr(io.StringIO()):
-        made = trainer(
-            model,
-            SFTConfig(str(folder), **settings),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            **more,
-        )
-    made.current_gradient_accumulation_steps = 1
-    return made
