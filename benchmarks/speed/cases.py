@@ -48,13 +48,18 @@ def calls(count: int = 8) -> Rows:
     return [{"input_ids": list(each.input_ids), "labels": list(each.labels)} for each in encoded]
 
 
-def sums(count: int = 8, vocabulary: int = 49152) -> Rows:
-    """As long as GSM8K's: prompts and answers of about 100 tokens each, log-normal; the tokens are random."""
+def sums(count: int = 8) -> Rows:
+    """As long as GSM8K's: prompts and answers of about 100 tokens each, log-normal, cut from the text of `calls`.
+
+    Random tokens will not do: on them, gradients in bf16 are off by 83 % on SmolLM2, TRL's like ours.
+    """
     numbers, made = random.Random(SEED), []
+    text = [token for row in calls(4 * count) for token in row["input_ids"]]
     for _ in range(count):
         prompt = min(260, max(50, round(numbers.lognormvariate(4.6, 0.3))))
         answer = min(300, max(30, round(numbers.lognormvariate(4.6, 0.45))))
-        ids = [numbers.randrange(5, vocabulary - 200) for _ in range(prompt + answer)]
+        start = numbers.randrange(len(text) - prompt - answer)
+        ids = text[start : start + prompt + answer]
         made.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
     return made
 

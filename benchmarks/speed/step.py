@@ -117,12 +117,12 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def _compared(ours: Side, theirs: Side) -> tuple[float, tuple[float, float]]:
-    """(the largest relative difference of a factor's gradient, the norms of all gradients)"""
+    """(the norm of the difference of all gradients over the peer's, the norms)"""
     a, b = ours.by_site(), theirs.by_site()
     assert a.keys() == b.keys(), set(a) ^ set(b)
-    worst = max(float((a[key] - b[key]).norm() / b[key].norm()) for key in a)
-    norms = [float(torch.stack([g.norm() for g in found.values()]).norm()) for found in (a, b)]
-    return worst, (norms[0], norms[1])
+    both = [torch.cat([found[key].flatten() for key in sorted(a)]) for found in (a, b)]
+    norms = (float(both[0].norm()), float(both[1].norm()))
+    return float((both[0] - both[1]).norm()) / norms[1], norms
 
 
 @dataclass(frozen=True)

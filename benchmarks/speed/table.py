@@ -17,8 +17,8 @@ tokens or, by a switch inside TRL that only Triton devices flip, on labelled tok
 medians of interleaved pairs; `x` is the median of the pairs' ratios. Over ours, too: `settable`, the fastest of TRL's
 steps without that switch, and `defaults`, the step of `SFTConfig(folder)`. The floor is the time of the base's own
 matrix products of the step with nothing between them, as a share of ours. Losses and gradient norms are those of the
-first step; `gradient` is the largest relative difference of one factor's gradient. Saved are MiB that autograd keeps,
-peak MiB of all tensors alive.
+first step; `gradient` is the norm of the difference of all gradients over the peer's. Saved are MiB that autograd
+keeps, peak MiB of all tensors alive.
 """
 PICTURE = "growth.png"
 HEADS = ("case", "ours s", "peer s", "x", "min", "max", "fastest peer", "settable", "defaults", "floor")
