@@ -22,7 +22,18 @@ keeps, peak MiB of all tensors alive.
 """
 PICTURE = "growth.png"
 HEADS = ("case", "ours s", "peer s", "x", "min", "max", "fastest peer", "settable", "defaults", "floor")
-MORE = ("case", "loss", "peer's", "norm", "peer's", "gradient", "saved MiB", "peak MiB", "operators", "tokens in head")
+MORE = (
+    "case",
+    "loss",
+    "peer's",
+    "norm",
+    "peer's",
+    "gradient",
+    "saved MiB",
+    "peak MiB",
+    "operators",
+    "our tokens in head",
+)
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
@@ -62,6 +73,7 @@ def _times(each: Measured) -> list[str]:
 
 def _numbers(each: Measured) -> list[str]:
     (loss, its_loss), (norm, its_norm) = each.losses, each.norms
-    pairs = [f"{a:,.0f} / {b:,.0f}" for a, b in (each.saved, each.peak, each.ops, each.head)]
+    pairs = [f"{a:,.0f} / {b:,.0f}" for a, b in (each.saved, each.peak, each.ops)]
+    pairs.append(f"{each.head[0]:,}")  # TRL multiplies tiles of the head's weight, which cannot be told by their shape
     exact = [f"{loss:.6f}", f"{its_loss:.6f}", f"{norm:.5g}", f"{its_norm:.5g}", f"{each.gradient:.0e}"]
     return [each.case, *exact, *pairs]
