@@ -13,6 +13,7 @@ from threading import RLock
 from typing import Any
 
 Attention = Callable[..., Any]  # (module, query, key, value, attention_mask, ...) -> (output, weights)
+OPERANDS = ("query", "key", "value", "attention_mask")  # the names of its first arguments after the module
 Wrapper = Callable[[Attention, str], Attention]  # of an attention and its name
 
 _wrappers: dict[str, Wrapper] = {}

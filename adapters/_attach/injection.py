@@ -22,7 +22,7 @@ from adapters._attach.per_row import PerRow
 from adapters._attach.prefixes import Prefixes, prefixes_of
 from adapters._attach.state import SHAPE, STATE, State, after_copy, notes, selection, tables
 from adapters._contract import KeyValueMethod
-from adapters._dispatch import Attention, unwrap_attention, wrap_attention, wrapping_attention
+from adapters._dispatch import OPERANDS, Attention, unwrap_attention, wrap_attention, wrapping_attention
 from adapters._errors import AdapterError
 
 Recorder = Callable[[nn.Module, Tensor, Tensor], None]
@@ -54,7 +54,7 @@ def recording(see: Recorder) -> Iterator[None]:
 
     def wrapper(attend: Attention, name: str) -> Attention:
         def recorded(module: nn.Module, *args: Any, **kw: Any) -> Any:
-            given = dict(zip(_NAMES, args, strict=False)) | kw
+            given = dict(zip(OPERANDS, args, strict=False)) | kw
             see(module, given["key"], given["value"])
             return attend(module, *args, **kw)
 
@@ -70,8 +70,8 @@ def _with_prefix(attend: Attention, name: str) -> Attention:
         if prefix is None:
             return attend(module, *args, **kw)
         # models pass the mask by position or by name, some the queries, keys and values too
-        given = dict(zip(_NAMES, args, strict=False))
-        q, k, v, mask = (given.get(key, kw.pop(key, None)) for key in _NAMES)
+        given = dict(zip(OPERANDS, args, strict=False))
+        q, k, v, mask = (given.get(key, kw.pop(key, None)) for key in OPERANDS)
         return _attend(attend, name, prefix, (module, q, k, v, mask), args[4:], kw)
 
     attention.__dict__["__wrapped__"] = attend
@@ -82,9 +82,6 @@ def without_prefix(attend: Attention, module: nn.Module) -> Attention:
     """What `attend` comes down to at an attention where no prefix acts."""
     inner: Attention | None = getattr(attend, "__wrapped__", None)
     return attend if inner is None or acting_prefix(module) is not None else inner
-
-
-_NAMES = ("query", "key", "value", "attention_mask")
 
 
 def acting_prefix(module: nn.Module) -> Prefixes | None:

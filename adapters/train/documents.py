@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach.injection import without_prefix
-from adapters._dispatch import Attention, unwrap_attention, wrap_attention
+from adapters._dispatch import OPERANDS, Attention, unwrap_attention, wrap_attention
 from adapters.train.within import attend_within
 
-_NAMES = ("query", "key", "value", "attention_mask")
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _KEY = "documents"
 _OWN = "documents"  # on lengths that were made here: those of other trainers are none of ours
@@ -81,11 +80,11 @@ def _wrapper(attend: Attention, name: str) -> Attention:
             _tell()
             return attend(module, *args, **kw)
         # models pass the mask by position or by name, some the queries, keys and values too
-        q, k, v, mask = _four(dict(zip(_NAMES, args, strict=False)) | kw)
+        q, k, v, mask = _four(dict(zip(OPERANDS, args, strict=False)) | kw)
         if not _can_split(q, k, mask, ends, kw):
             return attend(module, *args, **kw)
         _tell()
-        rest = {key: value for key, value in kw.items() if key not in (*_NAMES, *_LENGTHS)}
+        rest = {key: value for key, value in kw.items() if key not in (*OPERANDS, *_LENGTHS)}
         inside = attend_within(without_prefix(attend, module), module, (q, k, v, mask), ends, args[4:], rest)
         if inside is not None:
             return inside, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapters._plan.ledger import Ledger
-from benchmarks.measure import saved_bytes
+from benchmarks.measure import cpu_ms, saved_bytes
 from benchmarks.speed.cases import Case
 from benchmarks.speed.sides import Side, sides
 from benchmarks.twins import Setting
@@ -106,14 +105,8 @@ def _own(side: Side) -> tuple[torch.Tensor, ...]:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    gc.collect()
-    gc.disable()
-    try:
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    finally:
-        gc.enable()
+    """CPU seconds of one call."""
+    return cpu_ms(run)[0] / 1e3
 
 
 def _compared(ours: Side, theirs: Side) -> tuple[float, tuple[float, float]]:
