@@ -7,6 +7,8 @@ transformers' own again.
 
 from __future__ import annotations
 
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import RLock
@@ -20,6 +22,7 @@ _wrappers: dict[str, Wrapper] = {}
 _outermost: dict[str, Wrapper] = {}  # those that see a call before all others
 # both, as what is traced reads them: they may change while a compiler looks, with a garbage collection
 _applied: tuple[Wrapper, ...] = ()
+_owners: dict[str, set[int]] = defaultdict(set)  # ids of what asked for a wrapper, by its key
 _transformers_own: list[Callable[..., Attention]] = []  # filled once; what is under way may still need it
 _lock = RLock()
 
@@ -50,6 +53,25 @@ def unwrap_attention(key: str) -> None:
         from transformers.modeling_utils import AttentionInterface
 
         AttentionInterface.get_interface = _transformers_own[0]
+
+
+def wrap_while(owner: object, key: str, wrapper: Wrapper, outermost: bool = False) -> None:
+    """As `wrap_attention`, until the last owner of the key is gone or calls `release`."""
+    if id(owner) not in _owners[key]:
+        _owners[key].add(id(owner))
+        weakref.finalize(owner, _release, id(owner), key).atexit = False
+        wrap_attention(key, wrapper, outermost)
+
+
+def release(owner: object, key: str) -> None:
+    """Undoes `wrap_while`."""
+    _release(id(owner), key)
+
+
+def _release(owner: int, key: str) -> None:
+    _owners[key].discard(owner)
+    if not _owners[key]:
+        unwrap_attention(key)
 
 
 def _apply() -> None:

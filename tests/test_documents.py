@@ -17,7 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import adapters
 from adapters import _dispatch
-from adapters.train import documents, within
+from adapters.train import within
 from adapters.train.batches import OneRow
 from adapters.train.documents import lengths_of, split_rows, splitting
 from adapters.train.loss import score
@@ -175,14 +175,15 @@ def test_a_layer_that_is_recomputed_finds_its_documents_again(reentrant: bool) -
 
 def test_other_trainers_lengths_are_left_alone_and_the_interface_is_given_back() -> None:
     gc.collect()
-    others = set(documents._users)  # trainers of other tests that somebody still holds
+    owners = _dispatch._owners["documents"]
+    others = set(owners)  # trainers of other tests that somebody still holds
     model = tiny.build("llama")
     owner = nn.Module()
     positions = restarting(LENGTHS)
     ids = torch.arange(5, 5 + TOKENS)[None]
     seen: list[None] = []
     split_rows(owner)
-    assert len(documents._users) == len(others) + 1
+    assert len(owners) == len(others) + 1
     with splitting(lambda: seen.append(None)):
         foreign = lengths_of(positions) | {"cu_seq_lens_q": torch.tensor(ENDS, dtype=torch.int32)}
         model(input_ids=ids, position_ids=positions, use_cache=False, **foreign)
@@ -191,8 +192,8 @@ def test_other_trainers_lengths_are_left_alone_and_the_interface_is_given_back()
         assert len(seen) == model.config.num_hidden_layers
     del owner
     gc.collect()
-    assert documents._users <= others
-    assert ("documents" in _dispatch._outermost) == bool(documents._users)
+    assert owners <= others
+    assert ("documents" in _dispatch._outermost) == bool(owners)
     assert (AttentionInterface.get_interface is _dispatch._get_interface) == bool(_dispatch._applied)
 
 

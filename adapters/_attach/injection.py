@@ -6,7 +6,6 @@ past the key-value cache, so it works with gradient checkpointing, packing, enco
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,30 +21,21 @@ from adapters._attach.per_row import PerRow
 from adapters._attach.prefixes import Prefixes, prefixes_of
 from adapters._attach.state import SHAPE, STATE, State, after_copy, notes, selection, tables
 from adapters._contract import KeyValueMethod
-from adapters._dispatch import OPERANDS, Attention, unwrap_attention, wrap_attention, wrapping_attention
+from adapters._dispatch import OPERANDS, Attention, release, wrap_while, wrapping_attention
 from adapters._errors import AdapterError
 
 Recorder = Callable[[nn.Module, Tensor, Tensor], None]
-_users: set[int] = set()  # ids of the States that hold a prefix
+_KEY = "prefix"
 
 
 def provide(state: State) -> None:
     """Routes attention through this module, from the first model that has a prefix on."""
-    if id(state) not in _users:
-        _users.add(id(state))
-        weakref.finalize(state, _withdraw, id(state)).atexit = False  # a model that is dropped without being detached
-    wrap_attention("prefix", _with_prefix)
+    wrap_while(state, _KEY, _with_prefix)
 
 
 def withdraw(state: State) -> None:
     """Undoes `provide`; after the last model the interface is transformers' own again."""
-    _withdraw(id(state))
-
-
-def _withdraw(state: int) -> None:
-    _users.discard(state)
-    if not _users:
-        unwrap_attention("prefix")
+    release(state, _KEY)
 
 
 @contextmanager

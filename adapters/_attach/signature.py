@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters._attach.acting import Shape
 from adapters._errors import AdapterError
@@ -25,6 +25,12 @@ DECODED = ("decoder_input_ids", "decoder_inputs_embeds")
 def forward_parameters(cls: Any) -> tuple[str, ...]:
     """The names of what a class's forward accepts."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of what a module's forward accepts."""
+    cls: Any = type(module)  # Any: mypy takes no class of modules for hashable
+    return forward_parameters(cls)
 
 
 def shape_of(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shape | None:

@@ -7,16 +7,15 @@ the last layer. (Deep prompts: Qin and Eisner, 2021, arXiv 2104.06599, section 3
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from adapters._attach.container import CHILD, Container, LayerStates
+from adapters._attach.signature import parameters_of
 from adapters._attach.state import STATE, State, notes, selection
 from adapters._contract import LayerSite
 from adapters._errors import AdapterError
@@ -62,7 +61,7 @@ def entry_of_layers(model: nn.Module, sites: tuple[LayerSite, ...]) -> str:
     path = sites[0].path
     while path:
         path = path.rpartition(".")[0]
-        if set(INPUTS) & set(_parameters(model.get_submodule(path))):
+        if set(INPUTS) & set(parameters_of(model.get_submodule(path))):
             return path
     raise AdapterError(f"no module around {sites[0].path} is given tokens, where virtual ones could be inserted.")
 
@@ -78,7 +77,7 @@ def entry_call(inner: Callable[..., Any]) -> Callable[..., Any]:
         if len(acting) > 1:
             names = ", ".join(adapter.name for adapter in acting)
             raise AdapterError(f"{names} all insert virtual tokens, of which one adapter at a time can act.")
-        named = dict(zip(_parameters(self), args, strict=False)) | kwargs
+        named = dict(zip(parameters_of(self), args, strict=False)) | kwargs
         length = int(getattr(acting[0].method, "length", 0))
         plan = _plan(named, length, acting[0].sites[-1].path)
         if _continues(named):
@@ -212,13 +211,3 @@ def _token(module: nn.Module) -> int:
     """Any token but that of padding: what stands at a virtual position is overwritten before the first layer."""
     padding = getattr(getattr(module, "config", None), "pad_token_id", None)
     return 1 if padding == 0 else 0
-
-
-def _parameters(module: nn.Module) -> tuple[str, ...]:
-    cls: Any = type(module)  # Any: mypy takes no class of modules for hashable
-    return _of_class(cls)
-
-
-@cache
-def _of_class(cls: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.forward).parameters)[1:]

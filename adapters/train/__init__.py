@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adapters.train.reading import read_recipe
     from adapters.train.recipe import Data, Evaluation, Recipe, Training
     from adapters.train.sft import SFTTrainer
+    from adapters.train.unpadding import Unpadded, unpad
     from adapters.train.watchdog import Watchdog
 
 _WHERE = {
@@ -27,6 +28,7 @@ _WHERE = {
     "reading": "read_recipe",
     "recipe": "Data Evaluation Recipe Training",
     "sft": "SFTTrainer",
+    "unpadding": "Unpadded unpad",
     "watchdog": "Watchdog",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
@@ -43,6 +45,8 @@ __all__ = [
     "SFTTrainer",
     "Training",
     "try_out",
+    "unpad",
+    "Unpadded",
     "Watchdog",
 ]
 

@@ -9,7 +9,6 @@ activation checkpointing finds them again when it recomputes one.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -19,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach.injection import without_prefix
-from adapters._dispatch import OPERANDS, Attention, unwrap_attention, wrap_attention
+from adapters._dispatch import OPERANDS, Attention, wrap_while
 from adapters.train.within import attend_within
 
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _KEY = "documents"
 _OWN = "documents"  # on lengths that were made here: those of other trainers are none of ours
 _watchers: list[Callable[[], None]] = []
-_users: set[int] = set()  # ids of what asked for split rows
 
 
 def lengths_of(position_ids: Tensor) -> dict[str, Any]:
@@ -43,10 +41,7 @@ def lengths_of(position_ids: Tensor) -> dict[str, Any]:
 
 def split_rows(owner: object) -> None:
     """While `owner` lives, attention that is told the documents of a row is computed for each; others are as before."""
-    if id(owner) not in _users:
-        _users.add(id(owner))
-        weakref.finalize(owner, _leave, id(owner)).atexit = False
-    wrap_attention(_KEY, _wrapper, outermost=True)
+    wrap_while(owner, _KEY, _wrapper, outermost=True)
 
 
 @contextmanager
@@ -63,12 +58,6 @@ def splitting(see: Callable[[], None]) -> Iterator[None]:
 
 class _Block:
     pass
-
-
-def _leave(owner: int) -> None:
-    _users.discard(owner)
-    if not _users:
-        unwrap_attention(_KEY)
 
 
 def _wrapper(attend: Attention, name: str) -> Attention:

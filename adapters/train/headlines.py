@@ -59,6 +59,7 @@ class Sarcasm:
         from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
         from adapters.train.steps import settings, show_steps
+        from adapters.train.unpadding import unpad
 
         longest = self.recipe.training.max_tokens
         encoded = tokenizer([row.text for row in self.training])["input_ids"]
@@ -70,6 +71,7 @@ class Sarcasm:
         self.facts["training_rows"] = len(kept)
         if not kept:
             raise AdapterError(f"no headline has at most {longest} tokens; raise max_tokens.")
+        self.facts["padding"] = str(unpad(model))
         trainer = Trainer(
             model,
             TrainingArguments(**settings(self.recipe.training, folder)),

@@ -60,11 +60,11 @@ def probe_packing(model: Any) -> Packing:
     forward = inspect.signature(unwrapped(model).forward).parameters
     if "position_ids" not in forward:
         return Packing("padded", "the model takes no position_ids, which would have to restart with each document")
-    with evaluating(model), _same_randomness(model):
+    with evaluating(model), same_randomness(model):
         try:
             probe = _Probe(model)
         except Exception as error:  # a model may fail in any way on rows that it was not made for
-            return Packing("padded", f"the probe could not run: {_line(error)}")
+            return Packing("padded", f"the probe could not run: {error_line(error)}")
         packed = probe.tried("packed")
         if packed.kind != "padded":
             return replace(packed, by_document=probe.by_document("packed"))
@@ -120,7 +120,7 @@ class _Probe:
         one = [self._logits(row) for row in self.rows]
         self.effect = self._change(one, [self._logits(row) for row in self.exchanged])
         # the first document sees nothing else in any row, so that this is what shapes and kernels do to the rounding
-        self.rounding = float(_relative(one, self.alone)[: self.lengths[0]].max())
+        self.rounding = float(relative(one, self.alone)[: self.lengths[0]].max())
 
     def by_document(self, kind: Literal["packed", "masked"]) -> bool:
         """Whether attention can be computed for each document, with the same result.
@@ -149,9 +149,9 @@ class _Probe:
         try:
             shared, other = ([self._logits(ids, **inputs) for ids in rows] for rows in (self.rows, self.exchanged))
         except Exception as error:  # see probe_packing
-            return Packing("padded", f"the model fails: {_line(error)}")
+            return Packing("padded", f"the model fails: {error_line(error)}")
         precision = max(torch.finfo(shared[0].dtype).eps, torch.finfo(mask_dtype(self.model)).eps)
-        difference, leaked = float(_relative(shared, self.alone).max()), self._change(shared, other)
+        difference, leaked = float(relative(shared, self.alone).max()), self._change(shared, other)
         numbers = f"documents in one row differ from themselves alone by {difference:.1e}"
         if not self.effect > 8 * precision:
             return Packing("padded", "its outputs depend too little on earlier tokens to tell documents apart by them")
@@ -184,10 +184,10 @@ class _Probe:
 
     def _change(self, one: list[Tensor], other: list[Tensor]) -> float:
         """Of the second and third document."""
-        return float(_relative(other, one)[self.ends[1] :].max())
+        return float(relative(other, one)[self.ends[1] :].max())
 
 
-def _relative(found: list[Tensor], truth: list[Tensor]) -> Tensor:
+def relative(found: list[Tensor], truth: list[Tensor]) -> Tensor:
     """`(tokens,)`: the size of the difference at each token, over that of the truth; the median of all draws."""
     sizes = []
     for one, true in zip(found, truth, strict=True):
@@ -205,12 +205,14 @@ def _window(model: Any) -> int | None:
 
 
 @contextmanager
-def _same_randomness(model: Any) -> Iterator[None]:
+def same_randomness(model: Any) -> Iterator[None]:
+    """The random generators' states come back."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
         yield
 
 
-def _line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
+    """What a model failed with, on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
