@@ -66,6 +66,22 @@ def made(trainer: Any, model: Any, rows: list[dict[str, list[int]]], folder: Pat
         )
 
 
+def classifier_trainer(model: Any, rows: list[dict[str, Any]], folder: Path) -> Any:
+    """transformers' Trainer over rows of `input_ids` and a `label`."""
+    from datasets import Dataset
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    vocabulary = int(model.config.vocab_size)
+    return Trainer(
+        model,
+        TrainingArguments(
+            str(folder), per_device_train_batch_size=len(rows), report_to=[], use_cpu=True, disable_tqdm=True
+        ),
+        data_collator=DataCollatorWithPadding(_tokenizer(vocabulary)),
+        train_dataset=Dataset.from_list(rows),
+    )
+
+
 PLAIN: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}  # no autocast, nothing computed twice
 
 

@@ -27,17 +27,24 @@ class CalledWeight(Entry):
     w: BaseWeight
     fresh: bool
     additive: bool
+    joins: bool  # its module is a plain product and nothing else, which can be computed together with the change
     needs_factors = True  # where several adapters are computed at once
 
     def __init__(
-        self, method: WeightMethod, site: WeightSite, tensors: Mapping[str, Tensor], w: BaseWeight, fresh: bool
+        self,
+        method: WeightMethod,
+        site: WeightSite,
+        tensors: Mapping[str, Tensor],
+        w: BaseWeight,
+        fresh: bool,
+        product: bool = False,
     ) -> None:
         additive = method.factors(tensors) is not None
-        super().__init__(method, site, tensors, w=w, fresh=fresh, additive=additive)
+        super().__init__(method, site, tensors, w=w, fresh=fresh, additive=additive, joins=additive and product)
 
     @property
     def stackable(self) -> bool:
-        return self.additive and not (self.training and _dropout(self.method))
+        return self.additive and not (self.training and dropout_of(self.method))
 
     def factors(self, p: Mapping[str, Tensor]) -> Factors | None:
         return cast(WeightMethod, self.method).factors(p)
@@ -63,9 +70,9 @@ class CalledWeight(Entry):
             before: the entries that have changed the weight already, with their tensors.
         """
         method = cast(WeightMethod, self.method)
-        dropout = _dropout(method) if self.training else 0.0
+        dropout = dropout_of(method) if self.training else 0.0
         x = F.dropout(x, dropout) if dropout else x
-        fresh = owned and self.fresh and _unobserved(self.w.owner)
+        fresh = owned and self.fresh and unobserved(self.w.owner)
         low = method.factors(p)
         if low is not None:
             return add_lowrank(y, x, low if weight == 1.0 else replace(low, scale=weight * low.scale), fresh)
@@ -153,7 +160,7 @@ class ReadWeight(Entry):
 
     def _factored(self, stored: Readable, low: Factors) -> Factored:
         left, right = (low.right.mT, low.left.mT) if self.w.transposed else (low.left, low.right)
-        dropout = _dropout(self.method) if self.training else 0.0
+        dropout = dropout_of(self.method) if self.training else 0.0
         return Factored(stored, left.to(stored.dtype), right.to(stored.dtype), low.scale, dropout)
 
     def _scaled(self, stored: Readable, scaled: Scaled | None, inputs: Tensor | None) -> ScaledWeight:
@@ -162,11 +169,11 @@ class ReadWeight(Entry):
         return ScaledWeight(inner, *((inputs, outputs) if self.w.transposed else (outputs, inputs)))
 
 
-def _dropout(method: Method) -> float:
+def dropout_of(method: Method) -> float:
     return float(getattr(method, "dropout", 0.0))
 
 
-def _unobserved(owner: nn.Module) -> bool:
+def unobserved(owner: nn.Module) -> bool:
     """Whether nobody else can hold the output of this module's call: no hook saw it, nothing replaced its forward."""
     hooks = owner._forward_hooks or owner._backward_hooks or owner._backward_pre_hooks
     everywhere = module_hooks._global_forward_hooks or module_hooks._global_backward_hooks

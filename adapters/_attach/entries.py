@@ -14,6 +14,7 @@ from adapters._attach.called import CalledWeight, ReadWeight, ScaledInput
 from adapters._attach.container import CHILD, Container, Entry, KeyValue, LayerStates
 from adapters._attach.heads import replica_of
 from adapters._attach.inside import WRITTEN
+from adapters._attach.joined import is_product
 from adapters._attach.revised import NewRows, rows_key
 from adapters._attach.state import Adapter, State
 from adapters._attach.streamed import Fusion, Stream
@@ -188,7 +189,7 @@ def _at_weight(
     else:
         # the outputs of these forwards come straight from a product, so the delta may be added into them
         fresh = (base_class(owner).forward is nn.Linear.forward or is_quantized(w.stored)) and not site.aliases
-        entry = CalledWeight(method, site, given, w, fresh)
+        entry = CalledWeight(method, site, given, w, fresh, is_product(base_class(owner)))
     # a parameter that several modules share has one adapter, which acts at each of them
     shared = [path for path in site.aliases if not isinstance(submodule(model, path.rpartition(".")[0]), nn.Embedding)]
     return [Made(*_location(slot, path, site), entry, _face(path, site, entry)) for path in (site.path, *shared)]

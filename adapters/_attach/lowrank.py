@@ -8,6 +8,7 @@ it with the rank once more in backward, and writes into `y` where that is safe.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,35 +25,58 @@ class _AddLowRank(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, scale: float, inplace: bool
     ) -> Tensor:
-        inner = _inner(_rows(x).to(_wide(y)), right, scale)
+        inner = inner_of(rows_of(x).to(wide_for(y)), right, scale)
         ctx.save_for_backward(x, left, right)
         ctx.scale, ctx.wide, ctx.dtype = scale, inner.dtype, None if bias is None else bias.dtype
         if inplace:
             ctx.mark_dirty(y)
-        return _add(y, inner, left, None if bias is None else scale * bias, inplace)
+        return add_into(y, inner, left, None if bias is None else scale * bias, inplace)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, left, right = ctx.saved_tensors
-        to_y, to_x, to_left, to_right, to_bias, *_ = ctx.needs_input_grad
-        rows = _rows(dy).to(ctx.wide)
-        seen = _rows(x).to(ctx.wide) if to_left or to_right else None
-        # d(x A^T) = s dy B;  dB = dy^T (s x A^T);  dA = d(x A^T)^T x;  dx = d(x A^T) A;  de = s sum dy
-        d_left = d_right = d_x = None
-        if to_left and seen is not None:
-            d_left = torch.mm(rows.mT, _inner(seen, right, ctx.scale)).to(left.dtype)
-        if to_x or to_right:
-            d_inner = torch.mm(rows, left.to(ctx.wide)).mul_(ctx.scale)
-            if to_right and seen is not None:
-                d_right = torch.mm(d_inner.mT, seen).to(right.dtype)
-            if to_x:
-                d_x = torch.mm(d_inner, right.to(ctx.wide)).to(x.dtype).view(x.shape)
-        d_bias = rows.sum(0).mul_(ctx.scale).to(ctx.dtype) if to_bias else None
-        return dy if to_y else None, d_x, d_left, d_right, d_bias, None, None
+        to_y, *needed = ctx.needs_input_grad
+        d_inner, *others = gradients(dy, x, (left, right, ctx.scale), needed, ctx.wide, ctx.dtype)
+        d_x = None
+        if d_inner is not None and needed[0]:
+            d_x = torch.mm(d_inner, right.to(ctx.wide)).to(x.dtype).view(x.shape)
+        return dy if to_y else None, d_x, *others, None, None
 
 
-def _wide(y: Tensor) -> torch.dtype:
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    change: tuple[Tensor, Tensor, float],
+    needed: Sequence[bool],
+    wide: torch.dtype,
+    of_bias: torch.dtype | None,
+) -> tuple[Tensor | None, ...]:
+    """(d(x A^T), dB, dA, de) of a change `left (n_out, rank), right (rank, n_in), scale`.
+
+    With d(x A^T) = s dy B:  dB = dy^T (s x A^T);  dA = d(x A^T)^T x;  dx = d(x A^T) A;  de = s sum dy.
+
+    Args:
+        needed: whether x, left, right and the bias need a gradient.
+        wide: the dtype of the products.
+        of_bias: that of the bias.
+    """
+    left, right, scale = change
+    to_x, to_left, to_right, to_bias = needed[:4]
+    rows = rows_of(dy).to(wide)
+    seen = rows_of(x).to(wide) if to_left or to_right else None
+    d_inner = d_left = d_right = None
+    if to_left and seen is not None:
+        # turned round, so that the long side of the thin product lies in rows: up to 1.8 times as fast in fp32
+        d_left = torch.mm(inner_of(seen, right, scale).mT, rows).mT.to(left.dtype).contiguous()
+    if to_x or to_right:
+        d_inner = torch.mm(rows, left.to(wide)).mul_(scale)
+        if to_right and seen is not None:
+            d_right = torch.mm(d_inner.mT, seen).to(right.dtype)
+    return d_inner, d_left, d_right, rows.sum(0).mul_(scale).to(of_bias) if to_bias else None
+
+
+def wide_for(y: Tensor) -> torch.dtype:
     """The dtype of the products: y's, and on CPUs fp32 for few rows of 16 bits.
 
     Up to about 128 rows, casting both factors at every call costs more than it saves; from there on, casting the rows
@@ -62,12 +86,13 @@ def _wide(y: Tensor) -> torch.dtype:
     return torch.float32 if few and y.device.type == "cpu" and y.dtype.itemsize == 2 else y.dtype
 
 
-def _inner(x: Tensor, right: Tensor, scale: float) -> Tensor:
+def inner_of(x: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale * x @ right.T: (rows, rank), for x (rows, n_in)."""
     return torch.mm(x, right.to(x.dtype).mT).mul_(scale)
 
 
-def _add(y: Tensor, inner: Tensor, left: Tensor, shift: Tensor | None, inplace: bool) -> Tensor:
+def add_into(y: Tensor, inner: Tensor, left: Tensor, shift: Tensor | None, inplace: bool) -> Tensor:
+    """y + inner @ left.T + shift, in y itself if `inplace`."""
     out = left.to(inner.dtype).mT
     if inner.dtype != y.dtype:
         wide = torch.mm(inner, out) if shift is None else torch.addmm(shift.to(inner.dtype), inner, out)
@@ -75,15 +100,16 @@ def _add(y: Tensor, inner: Tensor, left: Tensor, shift: Tensor | None, inplace: 
         return y.add_(change) if inplace else y + change
     if inplace:
         made = y
-        _rows(y).addmm_(inner, out)
+        rows_of(y).addmm_(inner, out)
     else:
         # no view: models add to what a layer returned in place
         made = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-        torch.addmm(_rows(y), inner, out, out=_rows(made))
+        torch.addmm(rows_of(y), inner, out, out=rows_of(made))
     return made if shift is None else made.add_(shift.to(y.dtype))
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
+    """(..., n) as (rows, n)."""
     return x.reshape(-1, x.shape[-1])
 
 
@@ -112,4 +138,4 @@ def _run(y: Tensor, x: Tensor, low: Factors, inplace: bool) -> Tensor:
         out: Tensor = _AddLowRank.apply(y, x, low.left, low.right, low.bias, low.scale, inplace)  # type: ignore[no-untyped-call]
         return out
     shift = None if low.bias is None else low.scale * low.bias
-    return _add(y, _inner(_rows(x).to(_wide(y)), low.right, low.scale), low.left, shift, inplace)
+    return add_into(y, inner_of(rows_of(x).to(wide_for(y)), low.right, low.scale), low.left, shift, inplace)

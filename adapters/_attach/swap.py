@@ -21,6 +21,7 @@ from adapters._attach.chain import without_container
 from adapters._attach.container import CHILD, Container
 from adapters._attach.inputs import input_call, is_cut_off
 from adapters._attach.inside import WRITTEN, written_call
+from adapters._attach.joined import together
 from adapters._attach.moved import moving
 from adapters._attach.recomputed import get_checkpointing, set_checkpointing
 from adapters._attach.signature import forward_parameters
@@ -159,8 +160,11 @@ def base_class(module: nn.Module) -> Any:
 
 def _site_call(base_call: Callable[..., Any], tapped: bool) -> Callable[..., Any]:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        y = base_call(self, *args, **kwargs)
         state = self.__dict__.get(STATE)  # None: detached while a compiled caller still knows this class
+        y = together(self, state, args, kwargs) if not tapped else None
+        if y is not None:
+            return y
+        y = base_call(self, *args, **kwargs)
         if state is not None and (numbered := tables(state)) is not None:
             if tapped:
                 put_tap(self, args[0] if args else next(iter(kwargs.values())))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,7 +53,18 @@ class RealTokens:
     def by_row(self, x: Any) -> Tensor:
         """Queries, keys or values (1, heads, count, dim) as (rows, heads, tokens, dim); those of others as they are."""
         ours = x.shape[0] == 1 and x.shape[2] == self.index.numel()
-        return self.spread(x.transpose(1, 2)).transpose(1, 2) if ours else x
+        return self._filled(x.transpose(1, 2)).transpose(1, 2) if ours else x
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """(1, count, ...) to (rows, tokens, ...), some token standing where there is padding: no token looks there."""
+        made: Tensor = _Filled.apply(x[0], self.index.to(x.device), self.nearest.to(x.device))  # type: ignore[no-untyped-call]
+        return made.view(self.rows, self.tokens, *x.shape[2:])
+
+    @cached_property
+    def nearest(self) -> Tensor:
+        """(rows * tokens,): which of the real tokens stands at a place, or before it where there is padding."""
+        real = torch.zeros(self.rows * self.tokens, dtype=torch.long, device=self.index.device)
+        return real.index_fill_(0, self.index, 1).cumsum(0).sub_(1).clamp_(min=0)
 
     def argument(self, name: str, x: Any) -> Any:
         """A layer's argument with its real tokens alone, if it has a place for each token, as positions have."""
@@ -75,6 +87,19 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return _Spread.apply(dy, ctx.index, ctx.size), None  # type: ignore[no-untyped-call]
+
+
+class _Filled(torch.autograd.Function):
+    """Rows of x by `places`, of which those at `index` alone have a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, places: Tensor) -> Tensor:
+        ctx.index = index
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _Gathered.apply(dy.contiguous(), ctx.index), None, None  # type: ignore[no-untyped-call]
 
 
 class _Spread(torch.autograd.Function):

@@ -15,7 +15,7 @@ import adapters
 from adapters.data.tokens import IGNORED
 from benchmarks.twins import smollm2
 
-Rows = list[dict[str, list[int]]]
+Rows = list[dict[str, Any]]
 SEED = 0
 
 
@@ -28,6 +28,7 @@ class Case:
         rows: makes the rows of one micro-batch.
         nf4: the base is quantised.
         defaults: TRL's own defaults are measured as well.
+        classifies: the base is a classifier, the trainer transformers' own, and a row has one `label`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case:
     dtype: torch.dtype
     nf4: bool = False
     defaults: bool = False
+    classifies: bool = False
     rank: int = 16
 
 
@@ -62,6 +64,23 @@ def sums(count: int = 8) -> Rows:
         ids = text[start : start + prompt + answer]
         made.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
     return made
+
+
+def headlines(count: int = 32) -> Rows:
+    """Headlines to be told sarcastic or sincere, as `recipes/sarcasm.yaml` trains on them."""
+    training, _ = adapters.data.headlines.read_headlines(2000)
+    _, tokenizer = adapters.load_base("minilm-l6-v2")
+    chosen = random.Random(SEED).sample(training, count)
+    return [{"input_ids": tokenizer(row.text)["input_ids"], "label": row.label} for row in chosen]
+
+
+def minilm(dtype: torch.dtype) -> nn.Module:
+    """A classifier of two kinds with a fresh head, without dropout, which would draw other numbers on either side."""
+    torch.manual_seed(SEED)
+    without: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model: nn.Module
+    model, _ = adapters.load_base("minilm-l6-v2", dtype=dtype, kind="classifier", num_labels=2, **without)
+    return model
 
 
 def drawn(config: Callable[[], Any], dtype: torch.dtype) -> nn.Module:
@@ -108,6 +127,7 @@ CASES = [
     Case("SmolLM2, GSM8K-like, fp32", smollm2, sums, FP32),
     Case("SmolLM2, GSM8K-like, bf16", smollm2, sums, BF16),
     Case("SmolLM2, function calls, nf4 (QLoRA)", smollm2, calls, BF16, nf4=True),
+    Case("MiniLM, headlines, fp32", minilm, headlines, FP32, classifies=True),
     *(
         Case(f"{name}, random weights, fp32", partial(drawn, config), partial(sums, 4), FP32)
         for name, config in (("GPT-2", gpt2), ("Qwen3", qwen3), ("Gemma 3", gemma3), ("Qwen3-MoE", qwen3_moe))

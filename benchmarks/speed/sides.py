@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapters.data.tokens import IGNORED
 from benchmarks.speed.cases import Case, Rows
-from benchmarks.trainers import PLAIN, made
+from benchmarks.trainers import PLAIN, classifier_trainer, made
 from benchmarks.twins import Setting, twins
 
 
@@ -38,7 +38,9 @@ class Side:
 
     @property
     def learned(self) -> int:
-        """Labelled tokens of the rows."""
+        """Labelled tokens of the rows, or labelled rows."""
+        if "label" in self.rows[0]:
+            return len(self.rows)
         return sum(label != IGNORED for row in self.rows for label in row["labels"][1:])
 
     def batch(self) -> dict[str, Tensor]:
@@ -65,12 +67,15 @@ class Side:
         for name, p in self.trained.items():
             assert p.grad is not None, name
             path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            path = path.replace(".modules_to_save.default", "")
             if ".adapters." in path:
                 path, _, factor = path.partition(".adapters.")
                 factor = factor.rpartition(".")[2]
-            else:
+            elif ".lora_" in path:
                 path, _, factor = path.partition(".lora_")
                 factor = factor[:1].lower()
+            else:  # of a head
+                path, _, factor = path.rpartition(".")
             found[f"{path} {factor}"] = p.grad.float()
         return found
 
@@ -84,6 +89,8 @@ def sides(case: Case, setting: Setting) -> tuple[Side, list[Side], list[Side]]:
     rows = case.rows()
     base = Setting(base=case.base, scratch=setting.scratch)
     ours, theirs = twins(base, case.dtype, "lora", nf4=case.nf4, **_lora(case))
+    if case.classifies:
+        return _classifying(ours, theirs, rows, setting)
     trainer = made(adapters.train.SFTTrainer, ours, rows, setting.folder("ours"), **PLAIN)
     mine = Side("ours", trainer, ours, rows)
     peers = []
@@ -96,6 +103,19 @@ def sides(case: Case, setting: Setting) -> tuple[Side, list[Side], list[Side]]:
         theirs_trainer = made(trl.SFTTrainer, theirs, rows, setting.folder("theirs"), padding_free=free, **PLAIN)
         peers.append(Side(name, theirs_trainer, theirs, rows, _labelled_only if compact else contextlib.nullcontext))
     return mine, peers, [_by_default(case, base, rows)] if case.defaults else []
+
+
+def _classifying(ours: Any, theirs: Any, rows: Rows, setting: Setting) -> tuple[Side, list[Side], list[Side]]:
+    """transformers' Trainer on both sides, on ours after `adapters.train.unpad(model)`."""
+    from adapters.train import unpad
+
+    found = unpad(ours)
+    assert found.spared, found
+    both = [
+        Side(name, classifier_trainer(model, rows, setting.folder(name)), model, rows)
+        for name, model in (("ours", ours), ("padded", theirs))
+    ]
+    return both[0], both[1:], []
 
 
 def _lora(case: Case) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def measure(case: Case, setting: Setting, pairs: int, tell: Callable[[str], None
     mine, peers, defaults = sides(case, setting)
     for side in (mine, *peers):
         side.step()
-    best = min((side for side in peers if side.switched), key=lambda side: seconds(side.step))
+    best = min([side for side in peers if side.switched] or peers, key=lambda side: seconds(side.step))
     tell(f"fastest peer: {best.name}")
     losses = (mine.gradients(), best.gradients())
     gradient, norms = _compared(mine, best)

@@ -1,0 +1,113 @@
+"""A frozen linear layer and the low-rank change of its weight as one step of autograd.
+
+    y = x W^T + b + s (x A^T) B^T + s e
+
+As two steps, backward makes the gradient of x twice and adds the halves, and a layer with a bias returns a view, into
+which nothing can be added. As one, the second product is accumulated into what the first has made, in both directions:
+
+    dx = dy W + d(x A^T) A,   d(x A^T) = s dy B
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as module_hooks
+
+from adapters._attach.called import CalledWeight, dropout_of, unobserved
+from adapters._attach.container import CHILD
+from adapters._attach.lowrank import add_into, gradients, inner_of, rows_of, wide_for
+from adapters._attach.state import State, selection, tables
+
+
+def is_product(cls: type[nn.Module]) -> bool:
+    """Whether calling a module of this class is x W^T + b and nothing else, with parameters `weight` and `bias`."""
+    loaded = sys.modules.get("transformers.pytorch_utils")  # else none of its layers is
+    plain = (nn.Linear, loaded.Conv1D) if loaded is not None else (nn.Linear,)
+    return any(cls.forward is each.forward for each in plain)
+
+
+def together(module: nn.Module, state: State | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The output of a module under one adapter whose change is added, or None where the module is to be called first.
+
+    That is where anybody could see the module's own output, or trains the module itself.
+    """
+    if state is None or kwargs or len(args) != 1 or torch.compiler.is_compiling() or tables(state) is not None:
+        return None
+    acting, held = selection(state), module._modules.get(CHILD)
+    if len(acting) != 1 or acting.node is not None or held is None:
+        return None
+    entry: Any = held._modules.get(acting[0].slot)
+    if not isinstance(entry, CalledWeight) or not entry.joins or not _is_plain(module, entry, args[0]):
+        return None
+    if entry.training and dropout_of(entry.method):
+        return None
+    low = entry.factors(acting[0].at(entry))
+    if low is None:
+        return None
+    w, b = module._parameters["weight"], module._parameters.get("bias")
+    assert w is not None
+    made: Tensor = _Joined.apply(  # type: ignore[no-untyped-call]
+        args[0], w if entry.w.transposed else w.mT, b, low.left, low.right, low.bias, low.scale
+    )
+    return made
+
+
+def _is_plain(module: nn.Module, entry: CalledWeight, x: Any) -> bool:
+    """Whether the product is torch's own, of one dtype, with frozen parameters, and nobody looks at its output."""
+    w, b = module._parameters.get("weight"), module._parameters.get("bias")
+    if type(x) is not Tensor or type(w) is not nn.Parameter or w.requires_grad or (b is not None and b.requires_grad):
+        return False
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or w.dtype != x.dtype:
+        return False
+    if module._forward_pre_hooks or module_hooks._global_forward_pre_hooks:
+        return False
+    return w.device == x.device and unobserved(module) and unobserved(entry)
+
+
+class _Joined(torch.autograd.Function):
+    """w (n_in, n_out), as it is multiplied with rows of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        bias: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        rows = rows_of(x)
+        y = x.new_empty(*x.shape[:-1], w.shape[1])  # no view: models add to what a layer returned in place
+        if b is None:
+            torch.mm(rows, w, out=rows_of(y))
+        else:
+            torch.addmm(b, rows, w, out=rows_of(y))
+        inner = inner_of(rows.to(wide_for(y)), right, scale)
+        ctx.save_for_backward(x, w, left, right)
+        ctx.scale, ctx.wide, ctx.dtype = scale, inner.dtype, None if bias is None else bias.dtype
+        return add_into(y, inner, left, None if bias is None else scale * bias, inplace=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, left, right = ctx.saved_tensors
+        to_x, _, _, *to_others = ctx.needs_input_grad
+        needed = (to_x, *to_others)
+        d_inner, d_left, d_right, d_bias = gradients(dy, x, (left, right, ctx.scale), needed, ctx.wide, ctx.dtype)
+        d_x = None
+        if to_x and d_inner is not None:
+            d_x = torch.mm(rows_of(dy), w.mT)
+            if ctx.wide == d_x.dtype:
+                d_x.addmm_(d_inner, right.to(ctx.wide))
+            else:
+                d_x.add_(torch.mm(d_inner, right.to(ctx.wide)))
+            d_x = d_x.view(x.shape)
+        return d_x, None, None, d_left, d_right, d_bias, None
