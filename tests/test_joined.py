@@ -99,7 +99,7 @@ def test_gradients_are_numerical_derivatives(with_bias: bool, with_change: bool)
     learned = [each for each in (x, left, right, bias) if each is not None]
 
     def run(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Any:
-        return joined._Joined.apply(x, w, b, left, right, bias, SCALE)  # type: ignore[no-untyped-call]
+        return joined._Joined.apply(x, w, b, left, right, bias, SCALE, 0.0)  # type: ignore[no-untyped-call]
 
     expected = x @ w + SCALE * (x @ right.T) @ left.T
     expected = expected + sum(each for each in (b, None if bias is None else SCALE * bias) if each is not None)
@@ -142,17 +142,49 @@ def test_a_layer_that_somebody_sees_or_trains_is_called(change: Callable[[Any], 
         assert after["first.bias"].norm() > 0
 
 
-def test_evaluation_and_dropout_call_the_layer(calls: list[bool]) -> None:
-    model, x = adapted(dropout=0.5)
-    model.eval()
-    gradients(model, x)
+def test_without_gradients_and_with_autocast_the_layer_is_called(calls: list[bool]) -> None:
+    model, x = adapted()
+    gradients(model.eval(), x)
     with torch.no_grad():
         model(x)
-    model.train()
-    gradients(model, x)
     with torch.autocast("cpu", torch.bfloat16):
-        model.eval()(x)
-    assert calls == [True] * 3 + [False] * 9
+        model(x)
+    assert calls == [True] * 3 + [False] * 6
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_dropout_is_that_of_torch(dtype: torch.dtype, apart: bool) -> None:
+    """Against the formula, whose dropout draws the same numbers; x itself is kept, and a mask of a byte an element."""
+    torch.manual_seed(3)
+    layer = nn.Sequential(nn.Linear(12, 16), nn.Identity()).to(dtype)
+    x = torch.randn(2, 300, 12, dtype=dtype).requires_grad_()
+    adapters.attach(layer, "lora", example=(x.detach()[:, :5],), rank=3, dropout=0.4, alpha=6, targets=["*"])
+    shake(layer, "default")
+    layer.train()
+    if apart:
+        layer[0].register_forward_hook(lambda module, args, out: None)
+    outer = torch.randn(2, 300, 16).to(dtype)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(9)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = layer(x)
+    a, b = (adapters._attach.tensors_of(layer, "default")[f"0.weight:{name}"] for name in "ab")
+    ours = torch.autograd.grad((out * outer).sum(), (x, a, b))
+    torch.manual_seed(9)
+    expected = nn.functional.linear(x, layer[0].weight, layer[0].bias)
+    expected = expected + 2 * (nn.functional.dropout(x, 0.4) @ a.to(dtype).mT) @ b.to(dtype).mT
+    theirs = torch.autograd.grad((expected * outer).sum(), (x, a, b))
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    for one, other in zip((out, *ours), (expected, *theirs), strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+    weights = sum(p.nbytes for p in layer.parameters())
+    assert sum(kept.values()) <= x.nbytes + x.numel() + weights
 
 
 def test_two_adapters_and_none_call_the_layer(calls: list[bool]) -> None:

@@ -44,7 +44,12 @@ class CalledWeight(Entry):
 
     @property
     def stackable(self) -> bool:
-        return self.additive and not (self.training and dropout_of(self.method))
+        return self.additive and not self.dropout
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which elements of the input are zeroed now."""
+        return _dropout(self.method) if self.training else 0.0
 
     def factors(self, p: Mapping[str, Tensor]) -> Factors | None:
         return cast(WeightMethod, self.method).factors(p)
@@ -70,12 +75,11 @@ class CalledWeight(Entry):
             before: the entries that have changed the weight already, with their tensors.
         """
         method = cast(WeightMethod, self.method)
-        dropout = dropout_of(method) if self.training else 0.0
-        x = F.dropout(x, dropout) if dropout else x
-        fresh = owned and self.fresh and unobserved(self.w.owner)
+        fresh, dropout = owned and self.fresh and unobserved(self.w.owner), self.dropout
         low = method.factors(p)
         if low is not None:
-            return add_lowrank(y, x, low if weight == 1.0 else replace(low, scale=weight * low.scale), fresh)
+            return add_lowrank(y, x, low if weight == 1.0 else replace(low, scale=weight * low.scale), fresh, dropout)
+        x = F.dropout(x, dropout) if dropout else x
         w: Weight = ChangedWeight(self.w, before) if before else self.w
         scaled = None if dropout else method.scaled(w, p)
         if scaled is not None:
@@ -160,7 +164,7 @@ class ReadWeight(Entry):
 
     def _factored(self, stored: Readable, low: Factors) -> Factored:
         left, right = (low.right.mT, low.left.mT) if self.w.transposed else (low.left, low.right)
-        dropout = dropout_of(self.method) if self.training else 0.0
+        dropout = _dropout(self.method) if self.training else 0.0
         return Factored(stored, left.to(stored.dtype), right.to(stored.dtype), low.scale, dropout)
 
     def _scaled(self, stored: Readable, scaled: Scaled | None, inputs: Tensor | None) -> ScaledWeight:
@@ -169,7 +173,7 @@ class ReadWeight(Entry):
         return ScaledWeight(inner, *((inputs, outputs) if self.w.transposed else (outputs, inputs)))
 
 
-def dropout_of(method: Method) -> float:
+def _dropout(method: Method) -> float:
     return float(getattr(method, "dropout", 0.0))
 
 

@@ -16,13 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as module_hooks
 
-from adapters._attach.called import CalledWeight, dropout_of, unobserved
+from adapters._attach import lowrank
+from adapters._attach.called import CalledWeight, unobserved
 from adapters._attach.container import CHILD
-from adapters._attach.lowrank import add_into, gradients, inner_of, rows_of, wide_for
+from adapters._attach.lowrank import rows_of
 from adapters._attach.state import State, selection, tables
+
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # no subclass with products of its own
 
 
 def is_product(cls: type[nn.Module]) -> bool:
@@ -45,15 +49,13 @@ def together(module: nn.Module, state: State | None, args: tuple[Any, ...], kwar
     entry: Any = held._modules.get(acting[0].slot)
     if not isinstance(entry, CalledWeight) or not entry.joins or not _is_plain(module, entry, args[0]):
         return None
-    if entry.training and dropout_of(entry.method):
-        return None
     low = entry.factors(acting[0].at(entry))
     if low is None:
         return None
     w, b = module._parameters["weight"], module._parameters.get("bias")
     assert w is not None
     made: Tensor = _Joined.apply(  # type: ignore[no-untyped-call]
-        args[0], w if entry.w.transposed else w.mT, b, low.left, low.right, low.bias, low.scale
+        args[0], w if entry.w.transposed else w.mT, b, low.left, low.right, low.bias, low.scale, entry.dropout
     )
     return made
 
@@ -61,7 +63,9 @@ def together(module: nn.Module, state: State | None, args: tuple[Any, ...], kwar
 def _is_plain(module: nn.Module, entry: CalledWeight, x: Any) -> bool:
     """Whether the product is torch's own, of one dtype, with frozen parameters, and nobody looks at its output."""
     w, b = module._parameters.get("weight"), module._parameters.get("bias")
-    if type(x) is not Tensor or type(w) is not nn.Parameter or w.requires_grad or (b is not None and b.requires_grad):
+    if w is None or type(x) not in _PLAIN or type(w) not in _PLAIN:
+        return False
+    if w.requires_grad or (b is not None and b.requires_grad):
         return False
     if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or w.dtype != x.dtype:
         return False
@@ -71,7 +75,7 @@ def _is_plain(module: nn.Module, entry: CalledWeight, x: Any) -> bool:
 
 
 class _Joined(torch.autograd.Function):
-    """w (n_in, n_out), as it is multiplied with rows of x."""
+    """w (n_in, n_out), as rows of x are multiplied with it."""
 
     @staticmethod
     def forward(
@@ -83,31 +87,22 @@ class _Joined(torch.autograd.Function):
         right: Tensor,
         bias: Tensor | None,
         scale: float,
+        dropout: float,
     ) -> Tensor:
-        rows = rows_of(x)
         y = x.new_empty(*x.shape[:-1], w.shape[1])  # no view: models add to what a layer returned in place
         if b is None:
-            torch.mm(rows, w, out=rows_of(y))
+            torch.mm(rows_of(x), w, out=rows_of(y))
         else:
-            torch.addmm(b, rows, w, out=rows_of(y))
-        inner = inner_of(rows.to(wide_for(y)), right, scale)
-        ctx.save_for_backward(x, w, left, right)
-        ctx.scale, ctx.wide, ctx.dtype = scale, inner.dtype, None if bias is None else bias.dtype
-        return add_into(y, inner, left, None if bias is None else scale * bias, inplace=True)
+            torch.addmm(b, rows_of(x), w, out=rows_of(y))
+        return lowrank.forward(ctx, y, x, (left, right, bias), scale, dropout, True, w)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, left, right = ctx.saved_tensors
-        to_x, _, _, *to_others = ctx.needs_input_grad
-        needed = (to_x, *to_others)
-        d_inner, d_left, d_right, d_bias = gradients(dy, x, (left, right, ctx.scale), needed, ctx.wide, ctx.dtype)
+        to_x, _, _, *needed = ctx.needs_input_grad
+        saved = ctx.saved_tensors
+        d_inner, *others = lowrank.backward(ctx, saved, dy, to_x, needed)
         d_x = None
         if to_x and d_inner is not None:
-            d_x = torch.mm(rows_of(dy), w.mT)
-            if ctx.wide == d_x.dtype:
-                d_x.addmm_(d_inner, right.to(ctx.wide))
-            else:
-                d_x.add_(torch.mm(d_inner, right.to(ctx.wide)))
-            d_x = d_x.view(x.shape)
-        return d_x, None, None, d_left, d_right, d_bias, None
+            d_x = lowrank.of_input(ctx, saved, d_inner, torch.mm(rows_of(dy), saved[-1].mT))
+        return d_x, None, None, *others, None, None
