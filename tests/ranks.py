@@ -26,7 +26,14 @@ from adapters._attach import tensors_of
 from adapters._sharded import whole
 
 OPTIONS: dict[str, dict[str, Any]] = {"lora": {"rank": 4}, "bottleneck": {"reduction_factor": 8}, "prefix": {}}
-RUNS = [("trainer", "lora"), ("trainer", "bottleneck"), ("trainer", "prefix"), ("trl", "lora"), ("ours", "lora")]
+RUNS = [
+    ("trainer", "lora"),
+    ("trainer", "bottleneck"),
+    ("trainer", "prefix"),
+    ("trl", "lora"),
+    ("ours", "lora"),
+    ("unpadded", "lora"),
+]
 FSDP = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -53,7 +60,9 @@ def make(loop: str, method: str, folder: Path) -> Any:
         "disable_tqdm": True,
         "seed": 3,
     }
-    if loop == "trainer":
+    if loop == "unpadded":
+        assert adapters.train.unpad(model).spared
+    if loop in ("trainer", "unpadded"):
         arguments = TrainingArguments(**common)
         return Trainer(model, arguments, data_collator=deaths.pad, train_dataset=deaths.rows())
     finished = {"dataset_kwargs": {"skip_prepare_dataset": True}, "bf16": False, "max_length": None}

@@ -155,6 +155,21 @@ def test_rows_of_names_of_your_own_and_a_system_turn(place: Path, tmp_path: Path
     assert outcome.scores.rows == 16
 
 
+def test_an_optimizer_of_bitsandbytes_keeps_its_moments_in_8_bits(place: Path, tmp_path: Path) -> None:
+    settings = ["training.steps=4", "method.rank=64", "training.arguments={optim: adamw_8bit}"]
+    outcome, _ = run(place, tmp_path / "out", *settings)
+    assert outcome.scores.adapted["loss"] < outcome.scores.base["loss"]
+    recipe = read_recipe(place / "recipe.yaml", settings=settings)
+    lesson = preparing.LESSONS[recipe.task](recipe, Console(quiet=True))
+    model, tokenizer = lesson.load("cpu")
+    adapters.attach(model, recipe.method)
+    trainer = preparing.make_trainer(recipe, lesson, model, tokenizer, str(tmp_path))
+    trainer.train()
+    moments = [(p.numel(), state["state1"].dtype) for p, state in trainer.optimizer.state.items()]
+    assert {dtype for size, dtype in moments if size >= 4096} == {torch.uint8}  # smaller ones stay as they are
+    assert len(moments) == sum(p.requires_grad for p in model.parameters())
+
+
 def test_epochs_and_arguments_reach_the_trainer(place: Path, tmp_path: Path) -> None:
     settings = ["training.epochs=1.5", "training.arguments={adam_beta1: 0.7, logging_steps: 2}"]
     recipe = read_recipe(place / "recipe.yaml", settings=[*settings, "training.layout=padded"])

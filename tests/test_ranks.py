@@ -19,7 +19,7 @@ import adapters
 
 pytest.importorskip("trl")
 SCRIPT = Path(__file__).with_name("ranks.py")
-RUNS = ["trainer-lora", "trainer-bottleneck", "trainer-prefix", "trl-lora", "ours-lora"]
+RUNS = ["trainer-lora", "trainer-bottleneck", "trainer-prefix", "trl-lora", "ours-lora", "unpadded-lora"]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[key] - other[key]).abs().max()) for key in one)
+
+
+@pytest.mark.slow
+def test_real_tokens_alone_train_what_padded_rows_do(ran: Path) -> None:
+    padded, unpadded = (torch.load(ran / "one" / run / "rank0.pt") for run in ("trainer-lora", "unpadded-lora"))
+    assert apart(padded, unpadded) < 1e-6
 
 
 @pytest.mark.slow

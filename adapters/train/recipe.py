@@ -54,7 +54,8 @@ class Training:
         patience: evaluations without a lower held-out loss after which training ends; the best is kept. Every
             evaluation is then a checkpoint as well.
         report_to: where transformers logs to, such as tensorboard, wandb or trackio; the package must be installed.
-        arguments: further arguments of TRL's SFTConfig, or of TrainingArguments for classifiers, by name.
+        arguments: further arguments of TRL's SFTConfig, or of TrainingArguments for classifiers, by name; such as
+            `{optim: paged_adamw_8bit}`, bitsandbytes' AdamW with moments in 8 bits.
     """
 
     steps: int | None = _number(60, 1)
