@@ -127,7 +127,11 @@ def watched(model: Any) -> None:
     entry.register_forward_hook(lambda module, args, out: out + 1)
 
 
-@pytest.mark.parametrize("change", [observed, replaced, trained, watched])
+def looked_at(model: Any) -> None:
+    next(iter(model.first.adapters.values())).register_forward_pre_hook(lambda module, args: None)
+
+
+@pytest.mark.parametrize("change", [observed, replaced, trained, watched, looked_at])
 def test_a_layer_that_somebody_sees_or_trains_is_called(change: Callable[[Any], None], calls: list[bool]) -> None:
     model, x = adapted()
     before = gradients(model, x)

@@ -52,26 +52,35 @@ def together(module: nn.Module, state: State | None, args: tuple[Any, ...], kwar
     low = entry.factors(acting[0].at(entry))
     if low is None:
         return None
-    w, b = module._parameters["weight"], module._parameters.get("bias")
-    assert w is not None
+    w: Any = module.weight  # which another adapter's rows of tokens may stand in for
     made: Tensor = _Joined.apply(  # type: ignore[no-untyped-call]
-        args[0], w if entry.w.transposed else w.mT, b, low.left, low.right, low.bias, low.scale, entry.dropout
+        args[0],
+        w if entry.w.transposed else w.mT,
+        module.bias,
+        low.left,
+        low.right,
+        low.bias,
+        low.scale,
+        entry.dropout,
     )
     return made
 
 
 def _is_plain(module: nn.Module, entry: CalledWeight, x: Any) -> bool:
-    """Whether the product is torch's own, of one dtype, with frozen parameters, and nobody looks at its output."""
-    w, b = module._parameters.get("weight"), module._parameters.get("bias")
-    if w is None or type(x) not in _PLAIN or type(w) not in _PLAIN:
+    """Whether the product is torch's own, of one dtype, with frozen parameters, and nobody looks at it."""
+    w, b = getattr(module, "weight", None), getattr(module, "bias", None)
+    if type(x) not in _PLAIN or type(w) not in _PLAIN or w is None or w.requires_grad:
         return False
-    if w.requires_grad or (b is not None and b.requires_grad):
+    if (b is not None and (type(b) not in _PLAIN or b.requires_grad)) or w.dtype != x.dtype or w.device != x.device:
         return False
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or w.dtype != x.dtype:
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
-    if module._forward_pre_hooks or module_hooks._global_forward_pre_hooks:
-        return False
-    return w.device == x.device and unobserved(module) and unobserved(entry)
+    return not module_hooks._global_forward_pre_hooks and _alone(module) and _alone(entry)
+
+
+def _alone(module: nn.Module) -> bool:
+    """Whether nothing happens at a call of the module but its forward."""
+    return not module._forward_pre_hooks and unobserved(module)
 
 
 class _Joined(torch.autograd.Function):
