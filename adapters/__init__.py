@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         WeightSite,
     )
     from adapters._errors import AdapterError, DamagedAdapter, WrongBase
+    from adapters._gguf import GgufReport, ModelReport, export_gguf, export_model
     from adapters._hub import load_base
     from adapters._merge import Certificate, merge
     from adapters._plan import Plan, Proposal, plan
@@ -62,7 +63,22 @@ if TYPE_CHECKING:
     from adapters._quantize import QuantizeReport, quantize
     from adapters._selection import Average, Parallel, Split, Stack
     from adapters._sites import SiteMap, explain, sites
-    from adapters._store import AdapterInfo, Bundle, LoadReport, SaveReport, inspect, load, read, restore, save, swap
+    from adapters._store import (
+        AdapterInfo,
+        Bundle,
+        CheckReport,
+        Finding,
+        LoadReport,
+        SaveReport,
+        check_for,
+        export_peft,
+        inspect,
+        load,
+        read,
+        restore,
+        save,
+        swap,
+    )
     from adapters._tokens import TokensReport, add_tokens
 
 _WHERE = {
@@ -72,6 +88,7 @@ _WHERE = {
     "_change": "Factors Scaled Weight",
     "_contract": "KeyValueMethod KeyValueSite LayerSite Method Rows StreamMethod StreamSite WeightMethod WeightSite",
     "_errors": "AdapterError DamagedAdapter WrongBase",
+    "_gguf": "GgufReport ModelReport export_gguf export_model",
     "_hub": "load_base",
     "_merge": "Certificate merge",
     "_plan": "Plan Proposal plan",
@@ -79,7 +96,8 @@ _WHERE = {
     "_quantize": "QuantizeReport quantize",
     "_selection": "Average Parallel Split Stack",
     "_sites": "SiteMap explain sites",
-    "_store": "AdapterInfo Bundle LoadReport SaveReport inspect load read restore save swap",
+    "_store": "AdapterInfo Bundle CheckReport Finding LoadReport SaveReport "
+    "check_for export_peft inspect load read restore save swap",
     "_tokens": "TokensReport add_tokens",
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names.split()}
@@ -93,16 +111,20 @@ __all__ = [
     "Average",
     "Bundle",
     "Certificate",
+    "CheckReport",
     "CombineReport",
     "DamagedAdapter",
     "DiffReport",
     "ExtractReport",
     "Factors",
+    "Finding",
+    "GgufReport",
     "KeyValueMethod",
     "KeyValueSite",
     "LayerSite",
     "LoadReport",
     "Method",
+    "ModelReport",
     "Parallel",
     "Plan",
     "Pool",
@@ -130,11 +152,15 @@ __all__ = [
     "adopt",
     "adapters_of",
     "attach",
+    "check_for",
     "combine",
     "compose",
     "detach",
     "diff",
     "explain",
+    "export_gguf",
+    "export_model",
+    "export_peft",
     "extract",
     "inspect",
     "load",

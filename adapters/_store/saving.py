@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -55,6 +56,23 @@ def save(
     if writes(tensors_of(model, name).values()):
         commit.write(folder, files, owned)
     return saved
+
+
+def export_peft(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> SaveReport:
+    """Writes the two files of stock PEFT for the adapter `name` into `folder`, and nothing else.
+
+    What `save` writes is read by PEFT as well; this is for who wants no record, and no card.
+
+    Raises:
+        AdapterError: PEFT has no words for the adapter, or as `save`.
+    """
+    files, saved = prepared(model, name, folder)
+    if saved.peft != "written":
+        raise AdapterError(f"{name!r} cannot be written for stock PEFT: {saved.peft}.")
+    two = {key: files[key] for key in (CONFIG, WEIGHTS)}
+    if writes(tensors_of(model, name).values()):
+        commit.write(folder, two, set(two))
+    return replace(saved, files={key: len(content) for key, content in two.items()})
 
 
 def prepared(

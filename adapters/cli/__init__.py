@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from adapters.cli.check import check_adapter
 from adapters.cli.compose import compose_adapters
 from adapters.cli.diff import diff_adapters
 from adapters.cli.doctor import examine_recipe
 from adapters.cli.evaluate import evaluate_adapter
+from adapters.cli.export import export_adapter
 from adapters.cli.generate import generate_text
 from adapters.cli.inspect import inspect_adapter
 from adapters.cli.merge import merge_adapter
@@ -60,6 +62,8 @@ for _name, _command in (
     ("generate", generate_text),
     ("inspect", inspect_adapter),
     ("merge", merge_adapter),
+    ("export", export_adapter),
+    ("check", check_adapter),
     ("compose", compose_adapters),
     ("diff", diff_adapters),
 ):

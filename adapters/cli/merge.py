@@ -31,19 +31,24 @@ def merge_adapter(
     from adapters._hub.quiet import quiet
     from adapters.cli.loading import load_adapted
 
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise AdapterError(f"{output} exists already: give a new folder, or an empty one.")
+    require_new(output)
     with quiet():
         loaded, tokenizer = load_adapted(model, adapter, quantize)
         certificate = adapters.merge(loaded, "default")
-        _write(loaded, tokenizer, asdict(certificate), output)
+        write_model(loaded, tokenizer, asdict(certificate), output)
     if as_json:
         print_json({"output": str(output), "certificate": asdict(certificate)})
     else:
         typer.echo(f"{certificate}\nwritten to {output}")
 
 
-def _write(model: Any, tokenizer: Any, certificate: dict[str, Any], output: Path) -> None:
+def require_new(output: Path) -> None:
+    """Refuses a place where something is."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise AdapterError(f"{output} exists already: give a new folder, or an empty one.")
+
+
+def write_model(model: Any, tokenizer: Any, certificate: dict[str, Any], output: Path) -> None:
     """Everything in a folder beside `output`, then one rename: there is never half a model under that name."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent, ignore_cleanup_errors=True) as work:

@@ -1,0 +1,73 @@
+"""`adapters export`: an adapter in the form that another program reads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapters._errors import AdapterError
+from adapters.cli.refusal import Json, print_json, refusing
+
+
+class Form(StrEnum):
+    """What is written."""
+
+    PEFT = "peft"
+    GGUF = "gguf"
+    MERGED = "merged"
+    MERGED_GGUF = "merged-gguf"
+
+
+@refusing
+def export_adapter(
+    model: Annotated[str, typer.Argument(help="The base: an embedded name, a Hub id or a folder.")],
+    adapter: Annotated[str, typer.Argument(help="A saved adapter: a folder or a Hub id.")],
+    to: Annotated[
+        Form,
+        typer.Option(
+            help="peft: the two files of stock PEFT (also for vLLM, mistral.rs). gguf: a LoRA for llama.cpp. "
+            "merged: a plain model. merged-gguf: the same for llama.cpp."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder, or file for gguf; it must not exist.")],
+    base_gguf: Annotated[
+        Path | None,
+        typer.Option(help="The base as a GGUF file, in any precision: proves names and orders; merged-gguf needs it."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of merged-gguf: float32, float16 or bfloat16.")] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Write an adapter for another program, and read back what was written.
+
+    Example:  adapters export smollm2-135m-instruct out/function-calls-lora --to gguf --output out/lora.gguf
+    """
+    import adapters
+    from adapters._hub.quiet import quiet
+    from adapters.cli.loading import load_adapted
+    from adapters.cli.merge import require_new, write_model
+
+    require_new(output)
+    if to is Form.MERGED_GGUF and base_gguf is None:
+        raise AdapterError("--to merged-gguf needs --base-gguf FILE: the base's tokenizer and settings come from it.")
+    with quiet():
+        loaded, tokenizer = load_adapted(model, adapter)
+        report: Any
+        if to is Form.GGUF:
+            report = adapters.export_gguf(loaded, "default", output, base_gguf)
+        elif to is Form.PEFT:
+            report = adapters.export_peft(loaded, "default", output)
+        else:
+            report = adapters.merge(loaded, "default")
+            if to is Form.MERGED:
+                write_model(loaded, tokenizer, asdict(report), output)
+            else:
+                assert base_gguf is not None
+                report = adapters.export_model(loaded, output, base_gguf, dtype)
+    if as_json:
+        print_json({"output": str(output), "report": asdict(report)})
+    else:
+        typer.echo(f"{report}\nwritten to {output}")
