@@ -7,13 +7,17 @@ token must be ours wherever our two most likely ones are further apart than `MAR
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from laws import shake
 from torch import Tensor
 
 import adapters
@@ -31,7 +35,7 @@ class Made:
 
     folder: Path
     prompts: list[list[int]]
-    text: Callable[[list[int]], str]
+    text: Callable[..., str]
     adapted: Tensor
     base: Tensor
 
@@ -142,26 +146,83 @@ def test_llama_cpp_agrees(made: Made, files: tuple[str, ...]) -> None:
     made.agrees(_next_tokens(made, next_token))
 
 
-def test_mistral_rs_agrees(made: Made) -> None:
-    """It is given text, and gives text: its token is ours where the two read alike."""
+@pytest.fixture(scope="module")
+def runner(made: Made) -> Any:
     mistralrs = pytest.importorskip("mistralrs")
-    adapter = mistralrs.LoraAdapter("ours", str(made.folder / "lora"))
     which = mistralrs.Which.Lora(
         model_id=str(made.folder / "base"),
-        adapters=[adapter],
+        adapters=[mistralrs.LoraAdapter("ours", str(made.folder / "lora"))],
         arch=mistralrs.Architecture.Llama,
         dtype=mistralrs.ModelDType.F32,
     )
-    runner = mistralrs.Runner(which=which, no_paged_attn=True)
+    return mistralrs.Runner(which=which, no_paged_attn=True)
+
+
+def _next_text(runner: Any, text: str, adapter: str) -> str:
+    """What mistral.rs goes on with: it is given text, and gives text."""
+    import mistralrs
+
+    request = mistralrs.CompletionRequest(
+        prompt=text, model="default", max_tokens=1, temperature=0.0, ignore_eos=True, adapter=adapter
+    )
+    found: str = runner.send_completion_request(request).choices[0].text
+    return found
+
+
+def test_mistral_rs_agrees(made: Made, runner: Any) -> None:
+    """Its token is ours where the two read alike."""
     ours = {made.text([token]): token for token in sorted(set(made.adapted.argmax(-1).flatten().tolist()))}
+    made.agrees(_next_tokens(made, lambda ids: ours.get(_next_text(runner, made.text(ids), "ours"), -1)))
 
-    def next_token(ids: list[int]) -> int:
-        request = mistralrs.CompletionRequest(
-            prompt=made.text(ids), model="default", max_tokens=1, temperature=0.0, ignore_eos=True, adapter="ours"
-        )
-        return ours.get(runner.send_completion_request(request).choices[0].text, -1)
 
-    made.agrees(_next_tokens(made, next_token))
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rslora": {"rank": 4, "alpha": 8.0, "rslora": True},
+    "patterns": {"rank": 4, "alpha": 8.0, "rank_pattern": {"*q_proj*": 2}, "alpha_pattern": {"*up_proj*": 60.0}},
+    "dora": {"method": "dora", "rank": 4},
+    "bias": {"rank": 4, "bias": True},
+    "ia3": {"method": "ia3"},
+    "bottleneck": {"method": "bottleneck"},
+    "embeddings": {"rank": 4, "targets": ["*embed_tokens*", "*q_proj*"]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_check_says_what_peft_and_mistral_rs_do(variant: str, made: Made, runner: Any, tmp_path: Path) -> None:
+    """Where it says that a folder works, the program computes what was trained; where not, it refuses the folder."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    options = dict(VARIANTS[variant])
+    model, _ = adapters.load_base("smollm2-135m-instruct", dtype=torch.float32)
+    adapters.attach(model, options.pop("method", "lora"), name="default", **options)
+    shake(model, "default", noise=0.02)
+    folder = tmp_path / f"adapter-{variant}"
+    adapters.save(model, "default", folder)
+    ours = _logits(model, made.prompts[:2])
+    assert (ours - made.base[:2]).norm() > 0.01 * ours.norm()
+    base = AutoModelForCausalLM.from_pretrained(made.folder / "base", dtype=torch.float32)
+    if adapters.check_for(folder, "peft").works:
+        theirs = _logits(peft.PeftModel.from_pretrained(base, str(folder)), made.prompts[:2])
+        assert (theirs - ours).norm() <= 1e-4 * ours.norm()
+    else:
+        # in a process of its own: here, PEFT has learned from this library what it does not know
+        program = f"import peft; peft.PeftConfig.from_pretrained({str(folder)!r})"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert "KeyError: 'ADAPTERS'" in done.stderr
+    if not adapters.check_for(folder, "mistralrs").works:
+        with pytest.raises(ValueError, match=r"(?s).+"):
+            runner.load_lora_adapter(variant, str(folder))
+        return
+    runner.load_lora_adapter(variant, str(folder))
+    top = ours.topk(2, -1)
+    sure = top.values[..., 0] - top.values[..., 1] > MARGIN
+    texts = [
+        [_next_text(runner, made.text(ids[: end + 1]), variant) for end in range(TOKENS)] for ids in made.prompts[:2]
+    ]
+    # a program that answers with text leaves special tokens out
+    wanted = [[made.text([token], skip_special_tokens=True) for token in row] for row in top.indices[..., 0].tolist()]
+    checked = zip(chain(*sure.tolist()), chain(*texts), chain(*wanted), strict=True)
+    assert [(text, want) for certain, text, want in checked if certain and text != want] == []
 
 
 def _next_tokens(made: Made, next_token: Callable[[list[int]], int]) -> Tensor:
