@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from adapters._merge import Certificate, merge
     from adapters._plan import Plan, Proposal, plan
     from adapters._pool import Pool, PoolStatus
+    from adapters._publish import PublishReport, publish
     from adapters._quantize import QuantizeReport, quantize
     from adapters._selection import Average, Parallel, Split, Stack
     from adapters._sites import SiteMap, explain, sites
@@ -93,6 +94,7 @@ _WHERE = {
     "_merge": "Certificate merge",
     "_plan": "Plan Proposal plan",
     "_pool": "Pool PoolStatus",
+    "_publish": "PublishReport publish",
     "_quantize": "QuantizeReport quantize",
     "_selection": "Average Parallel Split Stack",
     "_sites": "SiteMap explain sites",
@@ -130,6 +132,7 @@ __all__ = [
     "Pool",
     "PoolStatus",
     "Proposal",
+    "PublishReport",
     "QuantizeReport",
     "ResizeReport",
     "Rows",
@@ -169,6 +172,7 @@ __all__ = [
     "methods",
     "peft_config",
     "plan",
+    "publish",
     "quantize",
     "read",
     "resize",

@@ -27,7 +27,7 @@ def card(bundle: Bundle, parameters: int, base_name: str | None, peft: str) -> b
         *front,
         "---",
         MARK,
-        f"# {_plain(bundle.name)}",
+        f"# {cell(bundle.name)}",
         "",
         f"An adapter ({bundle.method.name}, {parameters:,} parameters) for {shown}.",
         "It holds only the trained tensors; the base model is loaded beside it and stays as it is.",
@@ -41,9 +41,9 @@ def card(bundle: Bundle, parameters: int, base_name: str | None, peft: str) -> b
         "",
         f"Stock PEFT can {'also read this folder' if peft == 'written' else f'not read this folder: {peft}'}.",
         "",
-        *_table("Method", _fields(bundle)),
-        *_table("Training", bundle.training),
-        *_table("Written with", bundle.versions),
+        *table("Method", _fields(bundle)),
+        *table("Training", bundle.training),
+        *table("Written with", bundle.versions),
     ]
     return ("\n".join(lines).rstrip() + "\n").encode()
 
@@ -51,8 +51,8 @@ def card(bundle: Bundle, parameters: int, base_name: str | None, peft: str) -> b
 def composition_card(name: str, selection: str) -> bytes:
     """The text of the card of a composition."""
     lines = [
-        *["---", "library_name: adapters", "tags:", "- adapter", "---", MARK, f"# {_plain(name)}", ""],
-        f"A composition of adapters, {_plain(selection)}, with its parts in the folders below.",
+        *["---", "library_name: adapters", "tags:", "- adapter", "---", MARK, f"# {cell(name)}", ""],
+        f"A composition of adapters, {cell(selection)}, with its parts in the folders below.",
         "",
         "```python",
         "import adapters",
@@ -68,12 +68,14 @@ def _fields(bundle: Bundle) -> dict[str, Any]:
     return fields
 
 
-def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
+def table(title: str, rows: Mapping[str, Any]) -> list[str]:
+    """Lines of a section with a table of two columns; none without rows."""
     if not rows:
         return []
-    body = [f"| {_plain(str(key))} | {_plain(str(value))} |" for key, value in rows.items()]
+    body = [f"| {cell(str(key))} | {cell(str(value))} |" for key, value in rows.items()]
     return [f"## {title}", "", "| | |", "|---|---|", *body, ""]
 
 
-def _plain(text: str) -> str:
+def cell(text: str) -> str:
+    """Text that fits into a cell of a table."""
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())[:300]

@@ -41,26 +41,49 @@ def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Bund
 def open_folder(folder: str | os.PathLike[str], model: nn.Module | None, check: bool = True) -> Bundle:
     """As `read`. `check=False` leaves out digests and the look for values that are not finite."""
     place = resolve(folder)
-    with commit.reading(place) as view:
-        bundle = decode(view, check) if RECORD in view else _from_peft(model, place, view, check)
-    return dataclasses.replace(bundle, folder=place, seen=versions(bundle.tensors) if check else None)
+    try:
+        with commit.reading(place) as view:
+            bundle = decode(view, check) if RECORD in view else _from_peft(model, place, view, check)
+    except DamagedAdapter as error:
+        if place == os.fspath(folder):
+            raise
+        raise DamagedAdapter(f"{error} It was fetched from {folder}: remove {place} to fetch it again.") from error
+    fetched = _commit_of(place) if place != os.fspath(folder) else ""
+    notes = (*bundle.notes, f"fetched from {folder}, commit {fetched}.") if fetched else bundle.notes
+    return dataclasses.replace(bundle, folder=place, notes=notes, seen=versions(bundle.tensors) if check else None)
 
 
 def resolve(folder: str | os.PathLike[str]) -> str:
-    """The local folder that a path or a Hub id means; a Hub repository's adapter files are fetched once and cached."""
+    """The local folder that a path or a Hub id means; a Hub repository's adapter files are fetched once and cached.
+
+    A Hub id is "org/name" or "hub:org/name", with "@revision" after it: a commit stays what it is, a branch or a tag
+    may move.
+    """
     place = os.fspath(folder)
     if os.path.isdir(place):
         return place
-    if os.path.exists(place) or not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", place):
-        raise AdapterError(f"{place} is no adapter folder: give a folder, or a Hub id such as 'org/name'.")
+    named = re.fullmatch(r"(hub:)?([\w][\w.-]*/[\w][\w.-]*)(?:@([\w][\w./-]*))?", place)
+    if os.path.exists(place) or named is None:
+        raise AdapterError(
+            f"{place} is no adapter folder: give a folder, or a Hub id such as 'hub:org/name' or "
+            "'hub:org/name@revision'."
+        )
     try:
         from huggingface_hub import snapshot_download
 
-        return str(snapshot_download(place, allow_patterns=[*OWNED, "part-*/*"]))
+        return str(snapshot_download(named[2], revision=named[3], allow_patterns=[*OWNED, "part-*/*"]))
     except Exception as error:  # the Hub's client has a dozen kinds, from a missing repository to no network
+        here = "" if named[1] else f"there is no folder {place} here, and "
+        at = f" at {named[3]}" if named[3] else ""
         raise AdapterError(
-            f"there is no folder {place} here, and the Hub gave none: {type(error).__name__}."
+            f"{here}the Hub gave no {named[2]}{at}: {type(error).__name__}; nothing was loaded."
         ) from error
+
+
+def _commit_of(place: str) -> str:
+    """The commit that a folder in the Hub's cache is of."""
+    above, name = os.path.split(os.path.normpath(place))
+    return name if os.path.basename(above) == "snapshots" else ""
 
 
 def _from_peft(model: nn.Module | None, place: str, view: commit.View, check: bool) -> Bundle:

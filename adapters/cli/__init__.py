@@ -17,6 +17,7 @@ from adapters.cli.inspect import inspect_adapter
 from adapters.cli.merge import merge_adapter
 from adapters.cli.methods import list_methods
 from adapters.cli.plan import plan_memory
+from adapters.cli.publish import publish_adapter
 from adapters.cli.sites import list_sites
 from adapters.cli.train import train_recipe
 
@@ -64,6 +65,7 @@ for _name, _command in (
     ("merge", merge_adapter),
     ("export", export_adapter),
     ("check", check_adapter),
+    ("publish", publish_adapter),
     ("compose", compose_adapters),
     ("diff", diff_adapters),
 ):

@@ -21,7 +21,7 @@ from adapters.train import processes, unfinished
 from adapters.train.ahead import ahead_of
 from adapters.train.course import Course, run, try_out
 from adapters.train.lesson import Lesson
-from adapters.train.machine import peak_memory
+from adapters.train.machine import hardware, peak_memory
 from adapters.train.outcome import Outcome, Scores, compare, print_examples, print_outcome, print_scores
 from adapters.train.pictures import draw
 from adapters.train.preflight import Preflight
@@ -191,7 +191,8 @@ def _facts(recipe: Recipe, lesson: Lesson, scores: Scores, course: Course, check
         "training": asdict(recipe.training),
         "tokens": course.trained.tokens,
         "learned_tokens": course.trained.learned,
-        "scores": asdict(scores),
+        "scores": {**asdict(scores), "compared": "loss" if scores.tokens is not None else list(scores.base)[-1]},
+        "hardware": hardware(),
         "losses": [entry["loss"] for entry in course.history if "loss" in entry],
         "held_out_losses": {entry["step"]: entry["eval_loss"] for entry in course.history if "eval_loss" in entry},
         "preflight": {"warnings": [check.what for check in course.preflight.warnings]},
