@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,19 @@ def test_exports_by_command(tmp_path: Path) -> None:
     assert (again.exit_code, "exists already" in again.output) == (1, True)
     lacking = export("merged-gguf", "whole.gguf")
     assert (lacking.exit_code, "needs --base-gguf FILE" in lacking.output) == (1, True)
+
+
+def test_a_folder_is_compared_with_a_base(tmp_path: Path) -> None:
+    tiny.build("llama").save_pretrained(tmp_path / "base")
+    tiny.build("llama", seed=1).save_pretrained(tmp_path / "other")
+    folder = saved(tmp_path / "fr", "lora", rank=2)
+    runner = CliRunner()
+    same = runner.invoke(app, ["inspect", str(folder), "--base", str(tmp_path / "base")])
+    assert (same.exit_code, "compared the base is the one recorded" in same.stdout) == (0, True)
+    assert "\n  compared" not in runner.invoke(app, ["inspect", str(folder)]).stdout
+    other = runner.invoke(app, ["inspect", str(folder), "--base", str(tmp_path / "other")])
+    assert other.exit_code == 1
+    assert re.search(r"adapters: .*base", other.output), other.output
 
 
 def test_what_peft_cannot_express_is_not_exported_for_it(tmp_path: Path) -> None:
