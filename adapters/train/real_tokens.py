@@ -71,7 +71,8 @@ class RealTokens:
         if isinstance(x, tuple):
             return tuple(self.argument(name, each) for each in x)
         per_token = isinstance(x, Tensor) and x.dim() in (2, 3) and x.shape[1] == self.tokens
-        if not per_token or x.shape[0] not in (1, self.rows) or "mask" in name:
+        of_others = "mask" in name or "encoder" in name  # whose places are others, though there may be as many
+        if not per_token or x.shape[0] not in (1, self.rows) or of_others:
             return x
         return self.gathered(x)
 
