@@ -18,7 +18,8 @@ medians of interleaved pairs; `x` is the median of the pairs' ratios. Over ours,
 steps without that switch, and `defaults`, the step of `SFTConfig(folder)`. The floor is the time of the base's own
 matrix products of the step with nothing between them, as a share of ours. Losses and gradient norms are those of the
 first step; `gradient` is the norm of the difference of all gradients over the peer's. Saved are MiB that autograd
-keeps, peak MiB of all tensors alive.
+keeps, peak MiB of all tensors alive. The classifier is trained by transformers' Trainer on both sides, on padded
+batches, ours after `adapters.train.unpad(model)`.
 """
 PICTURE = "growth.png"
 HEADS = ("case", "ours s", "peer s", "x", "min", "max", "fastest peer", "settable", "defaults", "floor")
@@ -74,6 +75,7 @@ def _times(each: Measured) -> list[str]:
 def _numbers(each: Measured) -> list[str]:
     (loss, its_loss), (norm, its_norm) = each.losses, each.norms
     pairs = [f"{a:,.0f} / {b:,.0f}" for a, b in (each.saved, each.peak, each.ops)]
-    pairs.append(f"{each.head[0]:,}")  # TRL multiplies tiles of the head's weight, which cannot be told by their shape
+    # TRL multiplies tiles of the head's weight, which cannot be told by their shape
+    pairs.append(f"{each.head[0]:,}" if each.head[0] else "")
     exact = [f"{loss:.6f}", f"{its_loss:.6f}", f"{norm:.5g}", f"{its_norm:.5g}", f"{each.gradient:.0e}"]
     return [each.case, *exact, *pairs]
