@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from adapters._errors import AdapterError, DamagedAdapter, WrongBase
     from adapters._gguf import GgufReport, ModelReport, export_gguf, export_model
     from adapters._hub import load_base
-    from adapters._merge import Certificate, merge
+    from adapters._merge import Certificate, merge, merge_files
     from adapters._plan import Plan, Proposal, plan
     from adapters._pool import Pool, PoolStatus
     from adapters._publish import PublishReport, publish
@@ -91,7 +91,7 @@ _WHERE = {
     "_errors": "AdapterError DamagedAdapter WrongBase",
     "_gguf": "GgufReport ModelReport export_gguf export_model",
     "_hub": "load_base",
-    "_merge": "Certificate merge",
+    "_merge": "Certificate merge merge_files",
     "_plan": "Plan Proposal plan",
     "_pool": "Pool PoolStatus",
     "_publish": "PublishReport publish",
@@ -169,6 +169,7 @@ __all__ = [
     "load",
     "load_base",
     "merge",
+    "merge_files",
     "methods",
     "peft_config",
     "plan",

@@ -52,6 +52,14 @@ class Certificate:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
+def too_far(name: str, error: float, limit: float) -> str:
+    """The sentence of a merge that is refused."""
+    return (
+        f"merging {name!r} changes the outputs by {error:.1e}, more than the tolerance of {limit:.0e}: keep it "
+        "unmerged, merge into a base of higher precision, or pass tolerance=."
+    )
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected|, in fp32; 0 where both are 0."""
     difference, size = (found.float() - expected.float()).norm().item(), expected.float().norm().item()

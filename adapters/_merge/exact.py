@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach import Adapter, Tokens, base_parameters, base_weight, table_of, tensors_of
-from adapters._attach.weights import BaseWeight, by_site
+from adapters._attach.weights import by_site
 from adapters._contract import Tensors, WeightMethod, WeightSite
 from adapters._errors import AdapterError
 from adapters._finite import finite
@@ -33,23 +33,38 @@ def merged_parameters(model: nn.Module, adapter: Adapter) -> Merged:
     Raises:
         AdapterError: a merged value is infinite in the base's dtype, or a layer has no bias to merge one into.
     """
-    held = by_site({key: tensor.float() for key, tensor in tensors_of(model, adapter.name).items()})
+    held = by_site(tensors_of(model, adapter.name))
     found, dequantised = Merged(), dense_dtype(model)
     for site in adapter.sites:
         assert isinstance(site, WeightSite)
-        method, w, p = adapter.method.at(site), base_weight(model, site), held[site.path]
-        assert isinstance(method, WeightMethod)
-        dense = w.dense()
-        exact = method.changed(dense.float(), p)
-        stored = exact.to(dequantised if is_quantized(w.stored) else dense.dtype)
-        _require_finite(adapter, site.path, stored)
-        found.predicted[site.path] = 0.0 if stored is exact else relative(stored, exact)
-        found.new[site.path] = w.as_stored(stored).contiguous()
-        if site.access == "call":
-            found.new.update(_merged_bias(adapter, method, site, w, p))
+        found.new[site.path], found.predicted[site.path] = merged_weight(
+            model, adapter, site, held[site.path], dequantised
+        )
+        found.new.update(merged_bias(model, adapter, site, held[site.path]))
     for table in adapter.tokens.tables if adapter.tokens is not None else ():
         _merge_rows(model, adapter, table, found)
     return found
+
+
+@torch.no_grad()
+def merged_weight(
+    model: nn.Module, adapter: Adapter, site: WeightSite, p: Tensors, dequantised: torch.dtype
+) -> tuple[Tensor, float]:
+    """The weight of one site as the base stores it, and its relative rounding error.
+
+    Args:
+        dequantised: what a weight in 4 bits becomes.
+    """
+    method, w = cast(WeightMethod, adapter.method.at(site)), base_weight(model, site)
+    dense = w.dense()
+    exact = method.changed(dense.float(), _wide(p))
+    stored = exact.to(dequantised if is_quantized(w.stored) else dense.dtype)
+    _require_finite(adapter, site.path, stored)
+    return w.as_stored(stored).contiguous(), 0.0 if stored is exact else relative(stored, exact)
+
+
+def _wide(p: Tensors) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in p.items()}
 
 
 def _merge_rows(model: nn.Module, adapter: Adapter, path: str, found: Merged) -> None:
@@ -66,12 +81,15 @@ def _merge_rows(model: nn.Module, adapter: Adapter, path: str, found: Merged) ->
     found.predicted[path] = max(rounding, found.predicted.get(path, 0.0))
 
 
-def _merged_bias(
-    adapter: Adapter, method: WeightMethod, site: WeightSite, w: BaseWeight, p: Tensors
-) -> dict[str, Tensor]:
+@torch.no_grad()
+def merged_bias(model: nn.Module, adapter: Adapter, site: WeightSite, p: Tensors) -> dict[str, Tensor]:
+    """The bias of one site by its path, where the method changes it."""
+    if site.access != "call":
+        return {}
+    method, w = cast(WeightMethod, adapter.method.at(site)), base_weight(model, site)
     b = w.bias()
     wide = None if b is None else b.float()
-    offset = method.offset(wide, p)
+    offset = method.offset(wide, _wide(p))
     if offset is wide or offset is None:
         return {}
     if b is None:

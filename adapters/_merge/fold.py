@@ -13,7 +13,7 @@ from adapters._attach.swap import base_class
 from adapters._errors import AdapterError
 from adapters._fourbit import quantized_modules, quantized_stacks, replace_module
 from adapters._merge.allowed import check_requantize, check_untied, mergeable
-from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative
+from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative, too_far
 from adapters._merge.exact import dense_dtype, merged_parameters
 from adapters._merge.measure import adapted, apart, model_outputs, outputs_at, probe_inputs
 from adapters._quantize import dense_module, quantize, restore_stacks, settle_stacks
@@ -60,10 +60,7 @@ def merge(
             error = apart(model_outputs(model, before.inputs), before.output)
             after = outputs_at(model, before.at_sites)
         if not error <= limit:  # also refuses NaN
-            raise AdapterError(
-                f"merging {name!r} changes the outputs by {error:.1e}, more than the tolerance of {limit:.0e}: keep it "
-                "unmerged, merge into a base of higher precision, or pass tolerance=."
-            )
+            raise AdapterError(too_far(name, error, limit))
     except BaseException:
         undo()
         raise

@@ -21,6 +21,13 @@ def merge_adapter(
     adapter: Annotated[str, typer.Argument(help="A saved adapter: a folder or a Hub id.")],
     output: Annotated[Path, typer.Option(help="Folder of the merged model; it must not exist, or be empty.")],
     quantize: Quantize = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            help="Write files of this size, such as 512MB, one after the other, in the memory that one needs: for a "
+            "base larger than memory. A merge that was broken off goes on."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base, verify the result, and write a plain model with the certificate beside it.
@@ -34,12 +41,31 @@ def merge_adapter(
     require_new(output)
     with quiet():
         loaded, tokenizer = load_adapted(model, adapter, quantize)
-        certificate = adapters.merge(loaded, "default")
-        write_model(loaded, tokenizer, asdict(certificate), output)
+        if shards is None:
+            certificate = adapters.merge(loaded, "default")
+            write_model(loaded, tokenizer, asdict(certificate), output)
+        else:
+            certificate = _by_shards(loaded, tokenizer, output, shards)
     if as_json:
         print_json({"output": str(output), "certificate": asdict(certificate)})
     else:
         typer.echo(f"{certificate}\nwritten to {output}")
+
+
+def _by_shards(model: Any, tokenizer: Any, output: Path, shard: str) -> Any:
+    from rich.console import Console
+
+    import adapters
+
+    with Console(stderr=True).status("merging") as status:
+        return adapters.merge_files(
+            model,
+            "default",
+            output,
+            tokenizer=tokenizer,
+            shard=shard,
+            tell=lambda text: status.update(f"merging: {text}"),
+        )
 
 
 def require_new(output: Path) -> None:

@@ -1,0 +1,227 @@
+"""Merges an adapter into a base that lies in files, shard by shard, in the memory that one shard needs.
+
+The base's weights are mapped from its files, as transformers does on CPUs where their dtype is kept: what is read of
+them is the system's to drop again. The merged model appears under its name when all of it is on the disk, was loaded
+again, and gives the outputs of base and adapter; until then it lies in a folder beside, from which a merge that was
+broken off goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adapters._attach import Adapter, base_parameters, tensors_of
+from adapters._attach.swap import base_class
+from adapters._attach.weights import by_site
+from adapters._errors import AdapterError
+from adapters._merge.allowed import mergeable
+from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative, too_far
+from adapters._merge.exact import merged_bias, merged_weight
+from adapters._merge.measure import Adapted, adapted, apart, model_outputs, outputs_at, probe_inputs
+from adapters._plan.sizes import bytes_in
+
+PROGRESS, INDEX = "merging.json", "model.safetensors.index.json"
+CERTIFICATE = "merge_certificate.json"
+
+
+@dataclass(frozen=True)
+class _Shard:
+    file: str
+    names: tuple[str, ...]
+
+
+def merge_files(
+    model: nn.Module,
+    name: str,
+    output: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    shard: str | int = "512MB",
+    example: Mapping[str, Any] | None = None,
+    tolerance: float | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Certificate:
+    """Writes `model` with its adapter `name` merged as a plain model of several files; the model stays as it is.
+
+    A merge that is broken off goes on where it was when it is asked for again.
+
+    Args:
+        model: a dense base as `load_base` loads it, with the adapter attached.
+        name: an adapter that changes weights; no other may be attached, and it brings no head and no tokens.
+        output: folder of the merged model; it must not exist, or be empty.
+        tokenizer: is saved along.
+        shard: bytes of a file at most; a larger tensor has one of its own. About twice as much memory is needed, and
+            four bytes, three times, for each element of the largest merged weight.
+        example: keyword arguments of one forward on which the merged is compared with the adapted model.
+        tolerance: as `merge` takes it.
+        tell: is called with a sentence for each step.
+
+    Raises:
+        AdapterError: the adapter cannot be merged, the merged model does not load again, or its outputs differ by more
+            than the tolerance; nothing is left behind then.
+    """
+    adapter = mergeable(model, name)
+    if adapter.head or adapter.tokens is not None:
+        raise AdapterError(f"{name!r} brings a head or tokens: merge it in memory, with adapters.merge.")
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise AdapterError(f"{target} exists already: give a new folder, or an empty one.")
+    before = adapted(model, adapter, dict(example) if example is not None else probe_inputs(model, adapter))
+    held = {path: p.detach() for path, p in base_parameters(model).items()}
+    held |= {path: b for path, b in model.named_buffers() if _persists(model, path)}
+    shards = _planned(held, bytes_in(shard))
+    work = target.parent / f".{target.name}.merging"
+    predicted = _written(model, adapter, held, shards, work, tell)
+    tell("comparing the merged model with the adapted one")
+    try:
+        certificate = _compared(model, adapter, before, work, shards, predicted, tolerance, tokenizer)
+    except AdapterError:
+        shutil.rmtree(work)
+        raise
+    (work / CERTIFICATE).write_text(json.dumps(asdict(certificate), indent=2, default=str) + "\n")
+    (work / PROGRESS).unlink()
+    if target.is_dir():
+        target.rmdir()
+    os.replace(work, target)
+    return certificate
+
+
+def _persists(model: nn.Module, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    return name not in module._non_persistent_buffers_set and not getattr(module, "is_adapter_container", False)
+
+
+def _planned(held: Mapping[str, Tensor], most: int) -> list[_Shard]:
+    """The names of each file, in the model's order."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in held.items():
+        if groups[-1] and size + tensor.nbytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensor.nbytes
+    count = len(groups)
+    return [_Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)]
+
+
+def _written(
+    model: nn.Module,
+    adapter: Adapter,
+    held: Mapping[str, Tensor],
+    shards: list[_Shard],
+    work: Path,
+    tell: Callable[[str], None],
+) -> dict[str, float]:
+    """Writes the shards that are not there yet; the rounding error of each merged weight."""
+    plan = _identity(model, adapter, shards)
+    done: dict[str, dict[str, float]] = {}
+    with suppress(OSError, ValueError, KeyError):
+        known = json.loads((work / PROGRESS).read_text())
+        done = known["done"] if known["plan"] == plan else {}
+    if not done and work.exists():
+        shutil.rmtree(work)  # of another merge, or of none
+    work.mkdir(parents=True, exist_ok=True)
+    for number, shard in enumerate(shards, 1):
+        if shard.file in done and (work / shard.file).is_file():
+            continue
+        tell(f"file {number} of {len(shards)}")
+        new, predicted = _merged(model, adapter, held, shard)
+        save_file({name: tensor.contiguous() for name, tensor in new.items()}, work / ".next", {"format": "pt"})
+        _settled(work / ".next", work / shard.file)
+        done[shard.file] = predicted
+        (work / ".next").write_text(json.dumps({"plan": plan, "done": done}))
+        _settled(work / ".next", work / PROGRESS)
+    return {path: error for each in done.values() for path, error in each.items()}
+
+
+def _settled(written: Path, target: Path) -> None:
+    """Renames a file that is on the disk."""
+    with written.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(written, target)
+
+
+def _identity(model: nn.Module, adapter: Adapter, shards: list[_Shard]) -> str:
+    """What base, adapter and plan are, so that no merge goes on with another's files."""
+    from adapters._store.fingerprints import fingerprint
+
+    digest = hashlib.sha256(json.dumps(fingerprint(model), sort_keys=True, default=str).encode())
+    digest.update(repr((adapter.method, shards)).encode())
+    for key, tensor in sorted(tensors_of(model, adapter.name).items()):
+        digest.update(key.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _merged(
+    model: nn.Module, adapter: Adapter, held: Mapping[str, Tensor], shard: _Shard
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The tensors of one file, those that the adapter changes merged, and their rounding errors."""
+    tensors = by_site(tensors_of(model, adapter.name))
+    wanted, predicted = set(shard.names), {}
+    new = {name: held[name] for name in shard.names}
+    for site in adapter.sites:
+        path: str = site.path
+        if path in wanted:
+            new[path], predicted[path] = merged_weight(model, adapter, site, tensors[path], held[path].dtype)  # type: ignore[arg-type]
+        for bias, value in merged_bias(model, adapter, site, tensors[path]).items():  # type: ignore[arg-type]
+            if bias in wanted:
+                new[bias] = value
+    return new, predicted
+
+
+def _compared(
+    model: Any,
+    adapter: Adapter,
+    before: Adapted,
+    work: Path,
+    shards: list[_Shard],
+    predicted: Mapping[str, float],
+    tolerance: float | None,
+    tokenizer: Any,
+) -> Certificate:
+    """Completes the folder, loads it as anybody would, and compares.
+
+    Raises:
+        AdapterError: it lacks something, or its outputs differ by more than the tolerance.
+    """
+    where = {name: shard.file for shard in shards for name in shard.names}
+    total = sum((work / shard.file).stat().st_size for shard in shards)
+    (work / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
+    model.config.save_pretrained(work)
+    for part in (getattr(model, "generation_config", None), tokenizer):
+        if part is not None:
+            part.save_pretrained(work)
+    cls = base_class(model)
+    merged, report = cls.from_pretrained(work, dtype="auto", output_loading_info=True)
+    lacking = sorted({*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])})
+    if lacking:
+        raise AdapterError(
+            f"the merged files of {cls.__name__} do not load again ({lacking[0]}): its checkpoints have other names "
+            "than its parameters. Merge it in memory, with adapters.merge."
+        )
+    merged.eval()
+    error = apart(model_outputs(merged, before.inputs), before.output)
+    after = outputs_at(merged, before.at_sites)
+    dtype = next(p.dtype for path, p in base_parameters(model).items() if path in predicted)
+    limit = tolerance if tolerance is not None else TOLERANCE.get(dtype, 5e-2)
+    if not error <= limit:  # also refuses NaN
+        raise AdapterError(too_far(adapter.name, error, limit))
+    sites = tuple(
+        SiteError(path, rounding, relative(after[path], before.outputs[path]) if path in after else None)
+        for path, rounding in predicted.items()
+    )
+    how = f"into {len(shards)} files in {str(dtype).removeprefix('torch.')}"
+    return Certificate(adapter.name, how, error, before.effect, limit, sites)
