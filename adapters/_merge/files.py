@@ -47,7 +47,7 @@ def merge_files(
     output: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
-    shard: str | int = "512MB",
+    shard: str | int = "256MB",
     example: Mapping[str, Any] | None = None,
     tolerance: float | None = None,
     tell: Callable[[str], None] = lambda text: None,
@@ -138,13 +138,20 @@ def _written(
         if shard.file in done and (work / shard.file).is_file():
             continue
         tell(f"file {number} of {len(shards)}")
-        new, predicted = _merged(model, adapter, held, shard)
-        save_file({name: tensor.contiguous() for name, tensor in new.items()}, work / ".next", {"format": "pt"})
-        _settled(work / ".next", work / shard.file)
-        done[shard.file] = predicted
+        done[shard.file] = _write(model, adapter, held, shard, work)
         (work / ".next").write_text(json.dumps({"plan": plan, "done": done}))
         _settled(work / ".next", work / PROGRESS)
     return {path: error for each in done.values() for path, error in each.items()}
+
+
+def _write(
+    model: nn.Module, adapter: Adapter, held: Mapping[str, Tensor], shard: _Shard, work: Path
+) -> dict[str, float]:
+    """Writes one file; what it holds is let go before the next is made."""
+    new, predicted = _merged(model, adapter, held, shard)
+    save_file({name: tensor.contiguous() for name, tensor in new.items()}, work / ".next", {"format": "pt"})
+    _settled(work / ".next", work / shard.file)
+    return predicted
 
 
 def _settled(written: Path, target: Path) -> None:

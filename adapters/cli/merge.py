@@ -24,7 +24,7 @@ def merge_adapter(
     shards: Annotated[
         str | None,
         typer.Option(
-            help="Write files of this size, such as 512MB, one after the other, in the memory that one needs: for a "
+            help="Write files of this size, such as 256MB, one after the other, in the memory that one needs: for a "
             "base larger than memory. A merge that was broken off goes on."
         ),
     ] = None,
