@@ -128,6 +128,15 @@ def test_an_adapter_adds_what_it_added(options: dict[str, Any], proved: bool, tm
     assert any("base_gguf= would prove it" in note for note in report.notes) != proved
 
 
+def test_a_scale_of_0_adds_nothing(tmp_path: Path) -> None:
+    """llama.cpp would take an alpha of 0 for a scale of 1."""
+    adapters.export_gguf(adapted(rank=2, alpha=0.0), "fr", tmp_path / "fr.gguf")
+    reader, held = read(tmp_path / "fr.gguf")
+    assert reader.get_field("adapter.lora.alpha").contents() == 1
+    assert not any(tensor.any() for name, tensor in held.items() if name.endswith("lora_b"))
+    assert all(tensor.any() for name, tensor in held.items() if name.endswith("lora_a"))
+
+
 @pytest.mark.parametrize(("kind", "most"), [("F16", 1e-3), ("Q8_0", 0.02), ("Q4_0", 0.15)])
 def test_the_bases_file_proves_the_order_in_any_precision(kind: str, most: float, tmp_path: Path) -> None:
     model = adapted(rank=3)

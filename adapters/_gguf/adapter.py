@@ -79,7 +79,8 @@ def export_gguf(
     base = GgufFile(base_gguf) if base_gguf is not None else None
     layout = layout_of(model.config, base)
     tensors = tensors_of(model, name)
-    alpha = _scale_of(adapter, adapter.sites[0]) * _rank(tensors, adapter.sites[0])
+    alphas = (_scale_of(adapter, site) * _rank(tensors, site) for site in adapter.sites)
+    alpha = next((each for each in alphas if each), 1.0)  # llama.cpp takes an alpha of 0 for none, and a scale of 1
     pairs = [_pair(model, adapter, site, tensors, layout, alpha) for site in adapter.sites]
     keys = Counter(pair.key for pair in pairs)
     if keys.most_common(1)[0][1] > 1:
@@ -159,7 +160,7 @@ def _pair(
 ) -> _Pair:
     a, b = (tensors[f"{site.path}:{part}"].detach().float().cpu() for part in "ab")
     order, error = layout.order(site.path, base_weight(model, site).dense().detach().cpu())
-    rest = _scale_of(adapter, site) * a.shape[0] / alpha if alpha else 1.0
+    rest = _scale_of(adapter, site) * a.shape[0] / alpha
     return _Pair(site, layout.name(site.path), a.contiguous(), (order(b) * rest).contiguous(), order, error)
 
 
