@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from threading import RLock
 from typing import Any
 
+import torch
+import torch._guards
+
 Attention = Callable[..., Any]  # (module, query, key, value, attention_mask, ...) -> (output, weights)
 OPERANDS = ("query", "key", "value", "attention_mask")  # the names of its first arguments after the module
 Wrapper = Callable[[Attention, str], Attention]  # of an attention and its name
@@ -23,6 +26,7 @@ _outermost: dict[str, Wrapper] = {}  # those that see a call before all others
 # both, as what is traced reads them: they may change while a compiler looks, with a garbage collection
 _applied: tuple[Wrapper, ...] = ()
 _owners: dict[str, set[int]] = defaultdict(set)  # ids of what asked for a wrapper, by its key
+_late: list[tuple[int, str]] = []  # owners that were collected while something was compiled, with their keys
 _transformers_own: list[Callable[..., Attention]] = []  # filled once; what is under way may still need it
 _lock = RLock()
 
@@ -59,13 +63,21 @@ def wrap_while(owner: object, key: str, wrapper: Wrapper, outermost: bool = Fals
     """As `wrap_attention`, until the last owner of the key is gone or calls `release`."""
     if id(owner) not in _owners[key]:
         _owners[key].add(id(owner))
-        weakref.finalize(owner, _release, id(owner), key).atexit = False
+        weakref.finalize(owner, _collected, id(owner), key).atexit = False
         wrap_attention(key, wrapper, outermost)
 
 
 def release(owner: object, key: str) -> None:
     """Undoes `wrap_while`."""
     _release(id(owner), key)
+
+
+def _collected(owner: int, key: str) -> None:
+    """An owner is gone: at once, or, where this thread is compiling what it has read here, with the next call."""
+    if torch._guards.CompileContext.try_get() is None:
+        _release(owner, key)
+    else:
+        _late.append((owner, key))
 
 
 def _release(owner: int, key: str) -> None:
@@ -91,6 +103,9 @@ def wrapping_attention(wrapper: Wrapper) -> Iterator[None]:
 
 
 def _get_interface(self: Any, name: str, default: Attention) -> Attention:
+    if not torch.compiler.is_compiling():
+        while _late:
+            _release(*_late.pop())
     attend = _transformers_own[0](self, name, default)
     for wrapper in _applied:
         attend = wrapper(attend, name or "eager")

@@ -197,6 +197,23 @@ def test_other_trainers_lengths_are_left_alone_and_the_interface_is_given_back()
     assert (AttentionInterface.get_interface is _dispatch._get_interface) == bool(_dispatch._applied)
 
 
+def test_an_owner_that_is_collected_while_code_is_compiled_leaves_later() -> None:
+    """What a compiler has read must be there when it makes its guards of it."""
+    from torch._guards import CompileContext, CompileId, compile_context
+
+    model, owner = tiny.build("llama"), nn.Module()
+    split_rows(owner)
+    before, known = _dispatch._applied, set(_dispatch._owners["documents"])
+    with compile_context(CompileContext(CompileId(frame_id=0, frame_compile_id=0))):
+        del owner
+        gc.collect()
+        assert _dispatch._applied is before
+        assert _dispatch._owners["documents"] == known
+    model(input_ids=torch.arange(5, 12)[None], use_cache=False)
+    assert _dispatch._owners["documents"] < known
+    assert not _dispatch._late
+
+
 def test_documents_are_split_outside_of_a_prefix() -> None:
     """Each document sees the prefix, whether the prefix was attached before or after rows are split."""
     model = tiny.build("llama")

@@ -298,14 +298,16 @@ def test_a_hub_id_fetches_only_our_files(folder: Path, monkeypatch: pytest.Monke
 
     asked: dict[str, Any] = {}
 
-    def snapshot(repository: str, allow_patterns: list[str]) -> str:
-        asked.update(repository=repository, patterns=allow_patterns)
+    def snapshot(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.update(repository=repository, revision=revision, patterns=allow_patterns)
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert adapters.inspect("org/name").name == "fr.v2"
     ours = [WEIGHTS, CONFIG, RECORD, CARD, PARTS, "part-*/*"]
-    assert asked == {"repository": "org/name", "patterns": ours}
+    assert asked == {"repository": "org/name", "revision": None, "patterns": ours}
+    adapters.inspect("hub:org/name@v2")
+    assert asked == {"repository": "org/name", "revision": "v2", "patterns": ours}
 
 
 def test_the_record_tells_nothing_of_the_machine(tmp_path: Path) -> None:
