@@ -36,7 +36,7 @@ def mistral(prompts: list[str], base: str, *folders: str) -> list[Any]:
     import mistralrs as rs
 
     which = rs.Which.Lora(model_id=base, adapters=[], arch=rs.Architecture.Llama, dtype=rs.ModelDType.F32)
-    runner = rs.Runner(which=which, no_paged_attn=True, max_seqs=1)
+    runner = rs.Runner(which=which, no_paged_attn=True, max_seqs=1, prefix_cache_n=0)
     found: list[Any] = []
     for i, folder in enumerate(folders):
         try:
