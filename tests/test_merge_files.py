@@ -106,11 +106,11 @@ def test_a_merge_that_was_broken_off_goes_on(tmp_path: Path, monkeypatch: pytest
 
 def test_another_merge_does_not_go_on_with_these_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(rank=3)
-    inner = merging._settled
-    monkeypatch.setattr(merging, "_settled", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    inner = merging.settle
+    monkeypatch.setattr(merging, "settle", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         adapters.merge_files(model, "fr", tmp_path / "merged", shard="60KB")
-    monkeypatch.setattr(merging, "_settled", inner)
+    monkeypatch.setattr(merging, "settle", inner)
     shake(model, "fr", seed=3, noise=NOISE)
     adapters.merge_files(model, "fr", tmp_path / "merged", shard="60KB")
     adapters.merge(model, "fr")

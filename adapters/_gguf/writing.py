@@ -10,6 +10,7 @@ from typing import Any
 
 from adapters._errors import AdapterError
 from adapters._gguf.reading import GgufFile, require_package
+from adapters._whole import settle
 
 
 def write_gguf(
@@ -42,10 +43,8 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with work.open("rb+") as file:
-            os.fsync(file.fileno())
         check(GgufFile(work))
-        os.replace(work, target)
+        settle(work, target)
     finally:
         work.unlink(missing_ok=True)
     return target.stat().st_size

@@ -30,6 +30,7 @@ from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relat
 from adapters._merge.exact import merged_bias, merged_weight
 from adapters._merge.measure import Adapted, adapted, apart, model_outputs, outputs_at, probe_inputs
 from adapters._plan.sizes import bytes_in
+from adapters._whole import require_new, settle, write_whole
 
 PROGRESS, INDEX = "merging.json", "model.safetensors.index.json"
 CERTIFICATE = "merge_certificate.json"
@@ -75,8 +76,7 @@ def merge_files(
     if adapter.head or adapter.tokens is not None:
         raise AdapterError(f"{name!r} brings a head or tokens: merge it in memory, with adapters.merge.")
     target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise AdapterError(f"{target} exists already: give a new folder, or an empty one.")
+    require_new(target)
     before = adapted(model, adapter, dict(example) if example is not None else probe_inputs(model, adapter))
     held = {path: p.detach() for path, p in base_parameters(model).items()}
     held |= {path: b for path, b in model.named_buffers() if _persists(model, path)}
@@ -139,8 +139,7 @@ def _written(
             continue
         tell(f"file {number} of {len(shards)}")
         done[shard.file] = _write(model, adapter, held, shard, work)
-        (work / ".next").write_text(json.dumps({"plan": plan, "done": done}))
-        _settled(work / ".next", work / PROGRESS)
+        write_whole(work / PROGRESS, json.dumps({"plan": plan, "done": done}).encode())
     return {path: error for each in done.values() for path, error in each.items()}
 
 
@@ -150,15 +149,8 @@ def _write(
     """Writes one file; what it holds is let go before the next is made."""
     new, predicted = _merged(model, adapter, held, shard)
     save_file({name: tensor.contiguous() for name, tensor in new.items()}, work / ".next", {"format": "pt"})
-    _settled(work / ".next", work / shard.file)
+    settle(work / ".next", work / shard.file)
     return predicted
-
-
-def _settled(written: Path, target: Path) -> None:
-    """Renames a file that is on the disk."""
-    with written.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(written, target)
 
 
 def _identity(model: nn.Module, adapter: Adapter, shards: list[_Shard]) -> str:

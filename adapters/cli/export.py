@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from adapters._errors import AdapterError
+from adapters._whole import require_new
 from adapters.cli.refusal import Json, print_json, refusing
 
 
@@ -48,7 +49,7 @@ def export_adapter(
     import adapters
     from adapters._hub.quiet import quiet
     from adapters.cli.loading import load_adapted
-    from adapters.cli.merge import require_new, write_model
+    from adapters.cli.merge import write_model
 
     require_new(output)
     if to is Form.MERGED_GGUF and base_gguf is None:

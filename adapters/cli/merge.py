@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adapters._errors import AdapterError
+from adapters._whole import require_new
 from adapters.cli.refusal import Json, Quantize, print_json, refusing
 
 
@@ -66,12 +66,6 @@ def _by_shards(model: Any, tokenizer: Any, output: Path, shard: str) -> Any:
             shard=shard,
             tell=lambda text: status.update(f"merging: {text}"),
         )
-
-
-def require_new(output: Path) -> None:
-    """Refuses a place where something is."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise AdapterError(f"{output} exists already: give a new folder, or an empty one.")
 
 
 def write_model(model: Any, tokenizer: Any, certificate: dict[str, Any], output: Path) -> None:
