@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from typing import Any
+
+from adapters.train.machine import processor
 
 LIMIT = 1.05  # times PEFT's, for rows that do the same work
 COLUMNS = ("row", "unit", "ours", "peer", "beside", "ours / peer", "min", "max", "verdict")
@@ -80,7 +81,7 @@ def facts(seconds: float, pairs: int) -> dict[str, Any]:
     """Where and with what the table was made; nothing that names a machine."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "python": platform.python_version(),
         **{name: found for name in PACKAGES if (found := _version(name))},
         "pairs": pairs,
@@ -95,15 +96,6 @@ def markdown(lines: Iterable[Line], about: dict[str, Any], preface: str) -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     made = ", ".join(f"{key} {value}" for key, value in about.items())
     return f"# Benchmarks\n\n{preface.strip()}\n\nMade by `python -m benchmarks`: {made}.\n\n{table}\n"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:

@@ -125,6 +125,12 @@ def test_a_merge_beyond_the_tolerance_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bias_without_a_place_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(adapters.AdapterError, match=r"trains a bias at .*, which has none"):
+        adapters.merge_files(adapted(rank=2, bias=True), "fr", tmp_path / "merged", shard="60KB")
+    assert not list(tmp_path.iterdir())
+
+
 def test_heads_and_folders_that_exist_are_refused(tmp_path: Path) -> None:
     classifier = tiny.build("bert_classifier")
     adapters.attach(classifier, "lora", name="fr", rank=2)

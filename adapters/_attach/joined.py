@@ -41,7 +41,9 @@ def together(module: nn.Module, state: State | None, args: tuple[Any, ...], kwar
 
     That is where anybody could see the module's own output, or trains the module itself.
     """
-    if state is None or kwargs or len(args) != 1 or torch.compiler.is_compiling() or tables(state) is not None:
+    if state is None or kwargs or len(args) != 1 or not torch.is_grad_enabled():
+        return None
+    if torch.compiler.is_compiling() or tables(state) is not None:
         return None
     acting, held = selection(state), module._modules.get(CHILD)
     if len(acting) != 1 or acting.node is not None or held is None:
@@ -73,7 +75,7 @@ def _is_plain(module: nn.Module, entry: CalledWeight, x: Any) -> bool:
         return False
     if (b is not None and (type(b) not in _PLAIN or b.requires_grad)) or w.dtype != x.dtype or w.device != x.device:
         return False
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type):
         return False
     return not module_hooks._global_forward_pre_hooks and _alone(module) and _alone(entry)
 

@@ -106,7 +106,7 @@ def layer_call(inner: Callable[..., Any]) -> Callable[..., Any]:
         site, states = cast(LayerSite, entry.site), entry(adapter.at(entry))
         args, kwargs = _exchanged(args, kwargs, site, lambda x: plan.overwritten(x, states))
         result = inner(self, *args, **kwargs)
-        return _with_output(result, site, plan.dropped) if site.path == plan.last else result
+        return with_output(result, site, plan.dropped) if site.path == plan.last else result
 
     return __call__
 
@@ -194,7 +194,8 @@ def _exchanged(
     raise AdapterError(f"the hidden states did not reach the layer {site.path} as its argument {at!r}.")
 
 
-def _with_output(result: Any, site: LayerSite, change: Callable[[Tensor], Tensor]) -> Any:
+def with_output(result: Any, site: LayerSite, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a layer returned with its hidden states changed, as (rows, tokens, width)."""
     if site.output is None:
         return _turned(result, site, change)
     if isinstance(result, tuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adapters._errors import AdapterError
-from adapters._gguf.reading import GgufFile
+from adapters._gguf.reading import GgufFile, require_package
 
 Order = Callable[[Tensor], Tensor]  # of the rows of a weight (n_out, n_in), or of a vector (n_out)
 
@@ -70,29 +70,42 @@ class Layout:
             heads = {"q_proj.weight": self.heads[0], "k_proj.weight": self.heads[1]}
             of_path = next((number for name, number in heads.items() if path.endswith(name)), 0)
             return (partial(interleaved, heads=of_path) if self.interleaved and of_path else torch.clone), None
-        name = self.name(path)
-        held = self.base.tensor(name)
-        if tuple(held.shape) != tuple(weight.shape):
-            raise AdapterError(
-                f"{name} is {list(held.shape)} in {self.base.path.name}, and {path} is {list(weight.shape)}: the file "
-                "is of another base."
-            )
         orders = self._orders(weight.shape[0])
-        errors = [float((order(weight.float()) - held).norm() / held.norm()) for order in orders]
-        best = min(range(len(orders)), key=errors.__getitem__)
-        limit = _EXACT if self.base.is_exact(name) else _ROUNDED
+        limit = _EXACT if self.base.is_exact(self.name(path)) else _ROUNDED
+        best, error = self._nearest(self.base, path, [order(weight.float()) for order in orders], limit)
+        return orders[best], error
+
+    def stored_as(self, path: str, weight: Tensor, limit: float) -> tuple[Tensor, float]:
+        """A weight as the base's file stores it, in fp32, and its relative difference from the base's there.
+
+        Matrices may have their rows in any order that is known, vectors of norms may be stored as 1 + w (Gemma).
+
+        Raises:
+            AdapterError: it differs by more than `limit` in every way.
+        """
+        assert self.base is not None
+        w = weight.float()
+        ways = [w, w + 1] if w.dim() == 1 else [order(w) for order in self._orders(w.shape[0])]
+        best, error = self._nearest(self.base, path, ways, limit)
+        return ways[best].contiguous(), error
+
+    def _nearest(self, base: GgufFile, path: str, ways: list[Tensor], limit: float) -> tuple[int, float]:
+        """Which of the ways is nearest to what the base's file holds for `path`, and its relative difference."""
+        name = self.name(path)
+        held = base.tensor(name)
+        if held.shape != ways[0].shape:
+            raise AdapterError(
+                f"{name} is {list(held.shape)} in {base.path.name}, and {path} is {list(ways[0].shape)}: the file is "
+                "of another base."
+            )
+        errors = [float((way - held).norm() / held.norm().clamp(min=1e-12)) for way in ways]
+        best = min(range(len(ways)), key=errors.__getitem__)
         if not errors[best] <= limit:
             raise AdapterError(
-                f"{name} of {self.base.path.name} differs from {path} by {errors[best]:.0%} in whatever order its rows "
-                "are taken: the file is of another base."
+                f"{name} of {base.path.name} differs from {path} by {errors[best]:.0%} in whatever order its rows are "
+                "taken: the file is of another base."
             )
-        return orders[best], errors[best]
-
-    def ways(self, weight: Tensor) -> list[Tensor]:
-        """A weight in each way in which it may be stored: matrices by rows, vectors of norms also 1 + w (Gemma)."""
-        if weight.dim() == 1:
-            return [weight, weight + 1]
-        return [order(weight) for order in self._orders(weight.shape[0])]
+        return best, errors[best]
 
     def _orders(self, rows: int) -> list[Order]:
         whole: list[Order] = [torch.clone]
@@ -111,6 +124,7 @@ def layout_of(config: Any, base: GgufFile | None) -> Layout:
     Raises:
         AdapterError: it is not known, and no file of the base was given.
     """
+    require_package()
     import gguf
 
     text = config.get_text_config()

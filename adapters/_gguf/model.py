@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adapters._attach import adapters_of, unwrapped
 from adapters._errors import AdapterError
 from adapters._fourbit import is_quantized
-from adapters._gguf.layout import Layout, layout_of
+from adapters._gguf.layout import layout_of
 from adapters._gguf.reading import GgufFile
 from adapters._gguf.writing import write_gguf
 
@@ -88,7 +88,7 @@ def export_model(
     differences = []
 
     def made(name: str) -> Tensor:
-        tensor, difference = stored_as(layout, sources[name], held[sources[name]], name)
+        tensor, difference = layout.stored_as(sources[name], held[sources[name]], _FAR)
         differences.append(difference)
         return tensor
 
@@ -104,35 +104,12 @@ def export_model(
     def check(written: GgufFile) -> None:
         rounding = torch.finfo(getattr(torch, dtype)).eps
         for name, path in sources.items():
-            expected, _ = stored_as(layout, path, held[path], name)
+            expected, _ = layout.stored_as(path, held[path], _FAR)
             if not (written.tensor(name) - expected).norm() <= rounding * expected.norm():
                 raise AdapterError(f"what was written for {path} does not read back as the model's weight.")
 
     size = write_gguf(file, layout.architecture, fill, check)
     return ModelReport(str(Path(file)), layout.architecture, len(base.tensors), max(differences), copied, dtype, size)
-
-
-def stored_as(layout: Layout, path: str, weight: Tensor, name: str) -> tuple[Tensor, float]:
-    """A weight as the file stores it, in fp32, and its relative difference from the base's there.
-
-    Raises:
-        AdapterError: it resembles what the file holds in no way that is known.
-    """
-    assert layout.base is not None
-    theirs = layout.base.tensor(name)
-    if weight.shape != theirs.shape:
-        raise AdapterError(
-            f"{name} is {list(theirs.shape)} in {layout.base.path.name}, and {path} is {list(weight.shape)} here: the "
-            "file is of another base."
-        )
-    ways = layout.ways(weight.float())
-    errors = [float((way - theirs).norm() / theirs.norm().clamp(min=1e-12)) for way in ways]
-    best = min(range(len(ways)), key=errors.__getitem__)
-    if not errors[best] <= _FAR:
-        raise AdapterError(
-            f"{path} differs from {name} in {layout.base.path.name} by {errors[best]:.0%}: the file is of another base."
-        )
-    return ways[best].contiguous(), errors[best]
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:

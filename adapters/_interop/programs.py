@@ -34,6 +34,9 @@ class Finding:
         return f"{self.verdict:<8} {self.what}\n         -> {self.remedy}"
 
 
+EMBEDDINGS = Finding("refused", "rows or changes of the embeddings", MERGE)
+
+
 @dataclass(frozen=True)
 class CheckReport:
     """What `program` makes of the adapter in `folder`. `works`: it loads, and computes what was trained."""
@@ -68,6 +71,13 @@ class Held:
         return max((self.tensors[key].shape[0] for key in self.holding("lora_A.weight")), default=0)
 
     @property
+    def embeds(self) -> bool:
+        """Whether rows or changes of the embeddings are in it."""
+        return bool(
+            self.config.get("trainable_token_indices") or self.holding("embed_tokens.weight", "lora_embedding_A")
+        )
+
+    @property
     def patterns(self) -> str:
         """Those that are not empty."""
         return " and ".join(key for key in ("rank_pattern", "alpha_pattern") if self.config.get(key))
@@ -100,8 +110,8 @@ def _vllm(held: Held) -> Iterator[Finding]:
             f"{held.patterns}: one rank and one alpha are read for all layers",
             "`adapters.resize` to one rank, and train with one alpha; or merge it",
         )
-    if held.config.get("trainable_token_indices") or held.holding("embed_tokens.weight", "lora_embedding_A"):
-        yield Finding("refused", "rows or changes of the embeddings", MERGE)
+    if held.embeds:
+        yield EMBEDDINGS
     if held.config.get("target_parameters"):
         yield Finding("ignored", "target_parameters: experts that are read as parameters", MERGE)
     if held.rank > VLLM_RANK:
@@ -117,8 +127,8 @@ def _at_least(rank: int) -> int:
 def _llama_cpp(held: Held) -> Iterator[Finding]:
     found = list(_only_lora(held))
     yield from found
-    if held.holding("lora_embedding_A", "embed_tokens.weight") or held.config.get("trainable_token_indices"):
-        yield Finding("refused", "rows or changes of the embeddings", MERGE)
+    if held.embeds:
+        yield EMBEDDINGS
     elif held.config.get("target_parameters"):
         yield Finding("refused", "target_parameters: experts that are read as parameters", MERGE)
     elif not found:
@@ -127,8 +137,8 @@ def _llama_cpp(held: Held) -> Iterator[Finding]:
 
 def _mistral_rs(held: Held) -> Iterator[Finding]:
     yield from _only_lora(held)
-    if held.config.get("trainable_token_indices") or held.holding("lora_embedding_A", "embed_tokens.weight"):
-        yield Finding("refused", "rows or changes of the embeddings", MERGE)
+    if held.embeds:
+        yield EMBEDDINGS
     yield Finding(
         "to do",
         "it looks for rope_theta at the top of the base's config.json, where transformers 5 writes it no more",

@@ -82,12 +82,13 @@ def merge_files(
     held |= {path: b for path, b in model.named_buffers() if _persists(model, path)}
     shards = _planned(held, bytes_in(shard))
     work = target.parent / f".{target.name}.merging"
-    predicted = _written(model, adapter, held, shards, work, tell)
-    tell("comparing the merged model with the adapted one")
     try:
+        predicted = _written(model, adapter, held, shards, work, tell)
+        tell("comparing the merged model with the adapted one")
         certificate = _compared(model, adapter, before, work, shards, predicted, tolerance, tokenizer)
     except AdapterError:
-        shutil.rmtree(work)
+        if work.exists():
+            shutil.rmtree(work)
         raise
     (work / CERTIFICATE).write_text(json.dumps(asdict(certificate), indent=2, default=str) + "\n")
     (work / PROGRESS).unlink()
@@ -170,14 +171,14 @@ def _merged(
     """The tensors of one file, those that the adapter changes merged, and their rounding errors."""
     tensors = by_site(tensors_of(model, adapter.name))
     wanted, predicted = set(shard.names), {}
+    owners = {name.rpartition(".")[0] for name in shard.names}
     new = {name: held[name] for name in shard.names}
     for site in adapter.sites:
         path: str = site.path
         if path in wanted:
             new[path], predicted[path] = merged_weight(model, adapter, site, tensors[path], held[path].dtype)  # type: ignore[arg-type]
-        for bias, value in merged_bias(model, adapter, site, tensors[path]).items():  # type: ignore[arg-type]
-            if bias in wanted:
-                new[bias] = value
+        biases = merged_bias(model, adapter, site, tensors[path]) if site.owner in owners else {}  # type: ignore[arg-type, union-attr]
+        new.update({bias: value for bias, value in biases.items() if bias in wanted})
     return new, predicted
 
 

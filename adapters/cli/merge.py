@@ -70,13 +70,15 @@ def _by_shards(model: Any, tokenizer: Any, output: Path, shard: str) -> Any:
 
 def write_model(model: Any, tokenizer: Any, certificate: dict[str, Any], output: Path) -> None:
     """Everything in a folder beside `output`, then one rename: there is never half a model under that name."""
+    from adapters._merge.files import CERTIFICATE
+
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent, ignore_cleanup_errors=True) as work:
         folder = Path(work) / "model"
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        (folder / "merge_certificate.json").write_text(json.dumps(certificate, indent=2, default=str) + "\n")
+        (folder / CERTIFICATE).write_text(json.dumps(certificate, indent=2, default=str) + "\n")
         if output.is_dir():
             output.rmdir()  # empty; a rename onto it is refused on Windows
         os.replace(folder, output)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from adapters._attach.acting import Chain, Fused, Mean, Node
 from adapters._attach.signature import INPUTS, parameters_of
 from adapters._attach.state import Adapter, State, selection, state_of
-from adapters._attach.virtual import entry_of_layers
+from adapters._attach.virtual import entry_of_layers, with_output
 from adapters._contract import Key, LayerSite
 from adapters._dispatch import OPERANDS, Attention, wrap_while
 from adapters._trainers.trainer import attached_within
@@ -202,16 +202,11 @@ class _After:
     entry: Entry
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        real, at = kwargs.get(KEY), self.site.output
+        real = kwargs.get(KEY)
         if real is None:
             return None
         self.entry.used += 1
-        if at is None:
-            return real.spread(result)
-        if isinstance(result, tuple):
-            return tuple(real.spread(x) if i == at else x for i, x in enumerate(result))
-        result[at] = real.spread(result[at])
-        return result
+        return with_output(result, self.site, real.spread)
 
 
 def _wrapper(attend: Attention, name: str) -> Attention:
