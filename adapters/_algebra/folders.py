@@ -16,7 +16,8 @@ from adapters._algebra.peft_words import Words, in_pefts_words
 from adapters._algebra.reports import CombineReport
 from adapters._algebra.ways import Way
 from adapters._errors import AdapterError, WrongBase
-from adapters._interop.peft_write import PeftFiles, marker
+from adapters._interop.files import PeftFiles
+from adapters._interop.peft_write import marker
 from adapters._store import commit
 from adapters._store.bundle import CARD, CONFIG, OWNED, RECORD, WEIGHTS, Bundle, method_record
 from adapters._store.card import card, ours

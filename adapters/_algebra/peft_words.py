@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from adapters._contract import WeightSite
+from adapters._interop.files import PeftFiles
 from adapters._interop.peft_lora import lora_config
-from adapters._interop.peft_write import PeftFiles
 from adapters._interop.targets import shortest
 from adapters._store import commit
 from adapters._store.bundle import CONFIG, RECORD, Bundle
@@ -48,7 +48,7 @@ def in_pefts_words(made: Bundle, words: Sequence[Words]) -> PeftFiles | str:
     keys |= {
         key: keys[_sibling(key)].replace("lora_B.weight", "lora_B.bias") for key in made.tensors if key not in keys
     }
-    own, targets = lora_config(method, sites), _targets(made, sites, configs)
+    own, targets = lora_config(method, {site.owner: site for site in sites}), _targets(made, sites, configs)
     if isinstance(own, str) or targets is None:
         return own if isinstance(own, str) else "no list of module names selects exactly the adapted modules"
     carried = {key: next((c[key] for c in configs if c.get(key) is not None), None) for key in CARRIED}

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adapters._attach import Tokens
 from adapters._contract import Method, Site
 from adapters._errors import DamagedAdapter
 from adapters._interop.targets import base_modules, matched, suffix_of
@@ -26,6 +27,7 @@ class FromPeft:
     tensors: dict[str, Tensor]
     base: str | None
     notes: tuple[str, ...] = ()
+    tokens: Tokens | None = None
 
 
 def head_paths(config: Mapping[str, Any], model: nn.Module) -> list[str]:
@@ -35,14 +37,18 @@ def head_paths(config: Mapping[str, Any], model: nn.Module) -> list[str]:
 
 
 def trained_heads(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module, prefix: str = PREFIX
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """Trained heads (PEFT's modules_to_save); whatever is left over after them is refused."""
+    """Trained heads (PEFT's modules_to_save); whatever is left over after them is refused.
+
+    Args:
+        prefix: what their names in the file begin with.
+    """
     paths = head_paths(config, model)
     trained: dict[str, Tensor] = {}
     head = set()
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = key.removeprefix(prefix)
         path = next((path for path in paths if name.startswith(f"{path}.")), None)
         if path is None:
             raise DamagedAdapter(f"the file holds {key}, which is no tensor of this adapter.")

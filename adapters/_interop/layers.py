@@ -10,12 +10,13 @@ from torch import nn
 from adapters._attach.swap import base_class
 from adapters._contract import WeightSite
 
-Kind = Literal["linear", "table", "kernel"]
+Kind = Literal["linear", "table", "kernel", "parameter"]
 LINEAR = {"a": "lora_A.weight", "b": "lora_B.weight", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
 PARTS: dict[Kind, Mapping[str, str]] = {
     "linear": LINEAR,
     "table": {"a": "lora_embedding_A", "b": "lora_embedding_B"},
     "kernel": {"a": "lora_A.weight", "b": "lora_B.weight"},
+    "parameter": {"a": "lora_A.weight", "b": "lora_B.weight"},
 }
 
 
@@ -25,23 +26,32 @@ class Layer(NamedTuple):
     site: WeightSite
     kind: Kind
 
+    @property
+    def place(self) -> str:
+        """What PEFT knows it by: the module's path, or, where it adapts a parameter by itself, the parameter's."""
+        return self.site.path if self.kind == "parameter" else self.site.owner
+
 
 def layers_of(sites: Iterable[WeightSite], modules: Mapping[str, nn.Module]) -> dict[str, Layer]:
-    """The layers that PEFT's LoRA can adapt, by path."""
+    """The layers that PEFT's LoRA can adapt, by what it knows them by."""
     kinds = ((site, kind_of(site, modules[site.owner])) for site in sites)
-    return {site.owner: Layer(site, kind) for site, kind in kinds if kind is not None}
+    found = [Layer(site, kind) for site, kind in kinds if kind is not None]
+    return {layer.place: layer for layer in found}
 
 
 def kind_of(site: WeightSite, module: nn.Module) -> Kind | None:
     """What PEFT takes the owner of the weight for, where it computes there what our LoRA does."""
+    # transformers' Conv1D is a linear layer with a transposed weight, and PEFT knows it by this name too
+    linear = isinstance(module, nn.Linear) or base_class(module).__name__ == "Conv1D"
+    if site.access == "read" and not site.folded and site.role != "embedding":
+        # a linear layer's weight that is read was read by another module, whose forward PEFT does not change
+        return None if linear or site.experts == 1 else "parameter"
     if site.experts is not None or site.parameter != "weight":
         return None
     if site.role == "embedding":
         return "table" if isinstance(module, nn.Embedding) else None
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return "kernel" if site.folded and _plain(module) else None
-    # transformers' Conv1D is a linear layer with a transposed weight, and PEFT knows it by this name too
-    linear = isinstance(module, nn.Linear) or base_class(module).__name__ == "Conv1D"
     return "linear" if linear and site.access == "call" else None
 
 

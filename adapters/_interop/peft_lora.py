@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,10 @@ from adapters._contract import Method, WeightSite
 from adapters._errors import AdapterError, DamagedAdapter
 from adapters._interop.folder import CONFIG, PREFIX, FromPeft, require_targets, trained_heads
 from adapters._interop.layers import LINEAR, PARTS, Layer, layers_of, stored_shape
+from adapters._interop.parameters import take_parameters
 from adapters._interop.patterns import from_peft, pattern_value, to_peft
 from adapters._interop.peft_bias import take_biases
+from adapters._interop.peft_tokens import take_tokens
 from adapters._interop.targets import base_modules
 from adapters._sites import SiteMap
 from adapters.methods.dora import DoRA
@@ -23,9 +25,13 @@ from adapters.methods.lora import LoRA
 CONVERTED = "PEFT trained biases of the base: their differences from this model's are the adapter's own now."
 
 
-def lora_config(method: LoRA | DoRA, sites: Sequence[WeightSite]) -> dict[str, Any] | str:
-    """The fields of a LoRA configuration that the method decides, or why there are none."""
-    held = {site.owner: method.at(site) for site in sites}
+def lora_config(method: LoRA | DoRA, places: Mapping[str, WeightSite]) -> dict[str, Any] | str:
+    """The fields of a LoRA configuration that the method decides, or why there are none.
+
+    Args:
+        places: the sites by what PEFT knows them by.
+    """
+    held = {place: method.at(site) for place, site in places.items()}
     ranks = to_peft({owner: own.rank for owner, own in held.items()}, method.rank)
     alphas = to_peft({owner: _number(own.alpha) for owner, own in held.items()}, _number(method.alpha))
     if ranks is None or alphas is None:
@@ -54,21 +60,25 @@ def _number(alpha: float) -> float:
 def read_lora(config: Mapping[str, Any], tensors: dict[str, Tensor], model: nn.Module, sites: SiteMap) -> FromPeft:
     modules = base_modules(model)
     layers = layers_of(sites.weights, modules)
-    found = _parts(config, tensors, layers)
+    found, assumed = take_parameters(config, tensors, layers, modules)
+    found |= _parts(config, tensors, layers)
     _take_tables(tensors, layers, modules)
-    require_targets(config, set(found), set(layers))
+    require_targets(config, set(found), {place for place, layer in layers.items() if layer.kind != "parameter"})
     adapted = {owner: layer.site for owner, layer in layers.items() if owner in found}
-    method = _method(config, {owner: parts["a"].shape[0] for owner, parts in found.items()})
+    method = _method(config, {owner: parts["a"].shape[-2] for owner, parts in found.items()})
     linear = {owner: site for owner, site in adapted.items() if layers[owner].kind == "linear"}
     shifts = take_biases(config, tensors, model, linear)
     changed = any(bool(shift.any()) for shift in shifts.values())
     if changed:
         method = _with_biases(method, linear, found, shifts)
+    tokens, rows = take_tokens(config, tensors, model)
     head, trained = trained_heads(config, tensors, model)
-    ours = {f"{adapted[owner].path}:{name}": part for owner, parts in found.items() for name, part in parts.items()}
+    ours = rows | {
+        f"{adapted[owner].path}:{name}": part for owner, parts in found.items() for name, part in parts.items()
+    }
     base = config.get("base_model_name_or_path")
-    notes = (CONVERTED,) if changed else ()
-    return FromPeft(method, tuple(adapted.values()), head, ours | trained, base, notes)
+    notes = (*assumed, *((CONVERTED,) if changed else ()))
+    return FromPeft(method, tuple(adapted.values()), head, ours | trained, base, notes, tokens)
 
 
 def _parts(

@@ -22,7 +22,7 @@ NEUTRAL = {
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save",
     "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "task_type", "use_dora", "use_rslora",
+    "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 NEUTRAL_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base's weights
 NEUTRAL_PREFIX = NEUTRAL | {

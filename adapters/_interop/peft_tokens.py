@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from adapters._attach import Tokens, owners
+from adapters._attach import Tokens, owners, table_paths
 from adapters._contract import Site, WeightSite
-from adapters._interop.folder import PREFIX
-from adapters._interop.peft_write import PeftFiles
-from adapters._interop.targets import base_modules, shortest
+from adapters._errors import AdapterError, DamagedAdapter
+from adapters._interop.files import PeftFiles
+from adapters._interop.folder import CONFIG, PREFIX
+from adapters._interop.targets import base_modules, shortest, suffix_of
 
 PART = "token_adapter.trainable_tokens_delta"
 
@@ -33,6 +36,53 @@ def with_tokens(model: nn.Module, files: PeftFiles, sites: Sequence[Site], token
         keys[tokens.key(table)] = f"{PREFIX}{held[0]}.{PART}"
     text = json.dumps({**config, "trainable_token_indices": indices}, indent=2, sort_keys=True) + "\n"
     return replace(files, config=text.encode(), keys={**files.keys, **keys})
+
+
+def take_tokens(
+    config: Mapping[str, Any], tensors: dict[str, Tensor], model: nn.Module
+) -> tuple[Tokens | None, dict[str, Tensor]]:
+    """Takes the rows of `trainable_token_indices` out of a file's tensors: whose they are, and the rows by our names.
+
+    Raises:
+        AdapterError: they are of another table than a model's tokens have, or differ from table to table.
+        DamagedAdapter: they are missing, or of another shape than the configuration says.
+    """
+    named = config.get("trainable_token_indices")
+    if not named:
+        return None, {}
+    paths, modules = table_paths(model), base_modules(model)
+    held = {path: [owner for owner, _ in owners(model, path)] for path in paths}
+    if not isinstance(named, Mapping):  # a list means the input embeddings
+        named = {held[paths[0]][0]: named}
+    ids: list[int] = []
+    rows: dict[str, Tensor] = {}
+    for name, indices in named.items():
+        table = next((path for path in paths if any(suffix_of(str(name), owner) for owner in held[path])), None)
+        if table is None:
+            raise AdapterError(f"{CONFIG} trains rows of {name}, which is no table of this model's tokens.")
+        reason = _reason(model, modules, held[table], table, ())
+        if reason:  # what it computes is then another function than ours
+            raise AdapterError(f"the folder trains rows of tokens, and {reason}.")
+        given = [int(index) for index in indices]
+        if ids and sorted(given) != sorted(ids):
+            raise AdapterError(f"{CONFIG} trains rows of other tokens in {name} than before; one set holds here.")
+        ids = ids or given
+        key = next((key for owner in held[table] if (key := f"{PREFIX}{owner}.{PART}") in tensors), None)
+        if key is not None:
+            order = torch.tensor(sorted(range(len(given)), key=given.__getitem__))
+            rows[table] = _rows(tensors.pop(key), given, order, name)
+        elif table not in rows:
+            raise DamagedAdapter(f"the file lacks the rows of {name}, which {CONFIG} trains.")
+    tables = tuple(path for path in paths if path in rows)
+    tokens = Tokens(tuple(sorted(ids)), ("",) * len(ids), tables)
+    return tokens, {tokens.key(path): rows[path] for path in tables}
+
+
+def _rows(found: Tensor, ids: Sequence[int], order: Tensor, name: str) -> Tensor:
+    """The rows by ascending number of their tokens."""
+    if found.dim() != 2 or found.shape[0] != len(ids) or len(set(ids)) < len(ids):
+        raise DamagedAdapter(f"the rows of {name} are {list(found.shape)}, and {CONFIG} names {len(ids)} tokens.")
+    return found[order].contiguous()
 
 
 def _reason(model: nn.Module, modules: dict[str, nn.Module], held: list[str], table: str, sites: Sequence[Site]) -> str:

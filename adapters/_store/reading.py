@@ -103,7 +103,7 @@ def _from_peft(model: nn.Module | None, place: str, view: commit.View, check: bo
     notes = [f"written by PEFT for {found.base}." if found.base else "written by PEFT.", *found.notes]
     digest = hashlib.sha256(view[CONFIG] + view[WEIGHTS]).hexdigest()
     kept: dict[str, Any] = {"map": known, "notes": tuple(notes), "digest": digest}
-    return Bundle(name, found.method, found.sites, found.tensors, found.head, **kept)
+    return Bundle(name, found.method, found.sites, found.tensors, found.head, tokens=found.tokens, **kept)
 
 
 def peft_files(view: commit.View, check: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:

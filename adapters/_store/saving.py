@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from adapters._attach import Adapter, adapters_of, state_of, tensors_of
 from adapters._errors import AdapterError, DamagedAdapter, nearest
+from adapters._interop.files import PeftFiles
 from adapters._interop.peft_tokens import with_tokens
-from adapters._interop.peft_write import PeftFiles, express, marker
+from adapters._interop.peft_write import express, marker
 from adapters._sharded import is_sharded, require_gatherable, whole, writes
 from adapters._store import commit
 from adapters._store.bundle import CARD, CONFIG, OWNED, RECORD, WEIGHTS, Bundle, method_record, require_finite
@@ -29,6 +29,7 @@ from adapters._store.reports import SaveReport
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+REORDERED = "PEFT keeps these tensors in another order: `export_peft` and `adapters export --to peft` write that"
 LIBRARIES = ("adapter-registry", "torch", "transformers", "safetensors")
 
 
@@ -66,13 +67,14 @@ def export_peft(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> 
     Raises:
         AdapterError: PEFT has no words for the adapter, or as `save`.
     """
-    files, saved = prepared(model, name, folder)
-    if saved.peft != "written":
-        raise AdapterError(f"{name!r} cannot be written for stock PEFT: {saved.peft}.")
-    two = {key: files[key] for key in (CONFIG, WEIGHTS)}
+    adapter, tensors, notes = _ready(model, name, None)
+    expressed = _in_pefts_words(model, adapter, list(tensors), base_name(model))
+    if isinstance(expressed, str):
+        raise AdapterError(f"{name!r} cannot be written for stock PEFT: {expressed}.")
+    two = {CONFIG: expressed.config, WEIGHTS: _weights(expressed.stored(tensors))}
     if writes(tensors_of(model, name).values()):
         commit.write(folder, two, set(two))
-    return replace(saved, files={key: len(content) for key, content in two.items()})
+    return _report(folder, name, two, tensors, "written", (*notes, *expressed.notes))
 
 
 def prepared(
@@ -83,17 +85,12 @@ def prepared(
     facts: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, bytes], SaveReport]:
     """The files of an adapter's folder, and what will be said of them; nothing is written."""
-    adapter = _find(model, name)
-    held = tensors_of(model, name)
-    require_gatherable(held)
-    tensors, notes = _cast(held, dtype)
-    try:
-        require_finite(tensors, f"{name!r} was not saved")
-    except DamagedAdapter as error:  # here the model holds the damage, not a file
-        raise AdapterError(str(error)) from error
+    adapter, tensors, notes = _ready(model, name, dtype)
     bundle = _bundle(model, adapter, tensors, facts or {})
     base_name = (bundle.base or {}).get("name")
     expressed = _in_pefts_words(model, adapter, list(tensors), base_name)
+    if isinstance(expressed, PeftFiles) and expressed.orders:
+        expressed = REORDERED  # what swaps read as it lies in the file is not put in order first
     files = _files(bundle, expressed)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     peft = "written" if isinstance(expressed, PeftFiles) else expressed
@@ -101,8 +98,39 @@ def prepared(
         files[CARD] = card(bundle, parameters, base_name, peft)
     else:
         notes.append(f"{CARD} was written by someone else and stays as it is.")
+    notes += expressed.notes if isinstance(expressed, PeftFiles) else ()
+    return files, _report(folder, name, files, tensors, peft, notes)
+
+
+def _ready(
+    model: nn.Module, name: str, dtype: torch.dtype | str | None
+) -> tuple[Adapter, dict[str, Tensor], list[str]]:
+    """The adapter, its tensors as a file holds them, and what was done to them."""
+    adapter, held = _find(model, name), tensors_of(model, name)
+    require_gatherable(held)
+    tensors, notes = _cast(held, dtype)
+    try:
+        require_finite(tensors, f"{name!r} was not saved")
+    except DamagedAdapter as error:  # here the model holds the damage, not a file
+        raise AdapterError(str(error)) from error
+    return adapter, tensors, notes
+
+
+def _report(
+    folder: str | os.PathLike[str],
+    name: str,
+    files: Mapping[str, bytes],
+    tensors: Mapping[str, Tensor],
+    peft: str,
+    notes: Sequence[str],
+) -> SaveReport:
     sizes = {key: len(content) for key, content in files.items()}
-    return files, SaveReport(os.fspath(folder), name, sizes, len(tensors), parameters, peft, tuple(notes))
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return SaveReport(os.fspath(folder), name, sizes, len(tensors), parameters, peft, tuple(notes))
+
+
+def _weights(held: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save(dict(held), {"format": "pt"})  # what transformers and PEFT look for in the header
 
 
 def _in_pefts_words(model: nn.Module, adapter: Adapter, names: list[str], base: str | None) -> PeftFiles | str:
@@ -168,9 +196,8 @@ def base_name(model: nn.Module) -> str | None:
 
 def _files(bundle: Bundle, expressed: PeftFiles | str) -> dict[str, bytes]:
     keys = expressed.keys if isinstance(expressed, PeftFiles) else {key: key for key in bundle.tensors}
-    shapes = expressed.shapes if isinstance(expressed, PeftFiles) else {}
-    held = {keys[key]: tensor.view(shapes.get(key, tensor.shape)) for key, tensor in bundle.tensors.items()}
-    weights = safetensors.torch.save(held, {"format": "pt"})  # what transformers and PEFT look for in the header
+    held = expressed.stored(bundle.tensors) if isinstance(expressed, PeftFiles) else dict(bundle.tensors)
+    weights = _weights(held)
     if isinstance(expressed, PeftFiles):
         config = expressed.config
     else:
