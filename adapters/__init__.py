@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from adapters._gguf import GgufReport, ModelReport, export_gguf, export_model
     from adapters._hub import load_base
     from adapters._merge import Certificate, merge, merge_files
+    from adapters._mlx import MlxReport, export_mlx
     from adapters._plan import Plan, Proposal, plan
     from adapters._pool import Pool, PoolStatus
     from adapters._publish import PublishReport, publish
@@ -92,6 +93,7 @@ _WHERE = {
     "_gguf": "GgufReport ModelReport export_gguf export_model",
     "_hub": "load_base",
     "_merge": "Certificate merge merge_files",
+    "_mlx": "MlxReport export_mlx",
     "_plan": "Plan Proposal plan",
     "_pool": "Pool PoolStatus",
     "_publish": "PublishReport publish",
@@ -126,6 +128,7 @@ __all__ = [
     "LayerSite",
     "LoadReport",
     "Method",
+    "MlxReport",
     "ModelReport",
     "Parallel",
     "Plan",
@@ -162,6 +165,7 @@ __all__ = [
     "diff",
     "explain",
     "export_gguf",
+    "export_mlx",
     "export_model",
     "export_peft",
     "extract",

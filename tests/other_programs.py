@@ -1,7 +1,8 @@
-"""llama.cpp and mistral.rs as programs of their own, whose memory ends with them.
+"""llama.cpp, mistral.rs and mlx-lm as programs of their own, whose memory ends with them.
 
-`python tests/other_programs.py llama MODEL [ADAPTER]` and `... mistral BASE FOLDER...`; beginnings of texts come as
-JSON on standard input, and what the program goes on with leaves as JSON on the last line of standard output.
+`python tests/other_programs.py llama MODEL [ADAPTER]`, `... mistral BASE FOLDER...` and `... mlx FOLDER...`; beginnings
+of texts come as JSON on standard input, and what the program goes on with leaves as JSON on the last line of standard
+output.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -50,8 +52,25 @@ def mistral(prompts: list[str], base: str, *folders: str) -> list[Any]:
     return found
 
 
+def mlx(prompts: list[list[int]], *folders: str) -> dict[str, dict[str, Any]]:
+    """For each folder, the logits (prompts, tokens, vocabulary) of the base in it and with each adapter beside it."""
+    import mlx.core
+    from mlx_lm.utils import load_adapters, load_model
+
+    found: dict[str, dict[str, Any]] = {}
+    for folder in map(Path, folders):
+        found[folder.name] = {}
+        for place in sorted(folder.iterdir()):
+            model, _ = load_model(folder / "base")
+            if place.name != "base":
+                model = load_adapters(model, str(place))
+                model.eval()
+            found[folder.name][place.name] = model(mlx.core.array(prompts)).tolist()
+    return found
+
+
 if __name__ == "__main__":
     program, *arguments = sys.argv[1:]
-    said = {"llama": llama, "mistral": mistral}[program](json.load(sys.stdin), *arguments)  # type: ignore[operator]
+    said = {"llama": llama, "mistral": mistral, "mlx": mlx}[program](json.load(sys.stdin), *arguments)  # type: ignore[operator]
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB", file=sys.stderr)
     print(json.dumps(said))

@@ -19,6 +19,7 @@ class Form(StrEnum):
 
     PEFT = "peft"
     GGUF = "gguf"
+    MLX = "mlx"
     MERGED = "merged"
     MERGED_GGUF = "merged-gguf"
 
@@ -31,7 +32,7 @@ def export_adapter(
         Form,
         typer.Option(
             help="peft: the two files of stock PEFT (also for vLLM, mistral.rs). gguf: a LoRA for llama.cpp. "
-            "merged: a plain model. merged-gguf: the same for llama.cpp."
+            "mlx: a LoRA or DoRA for mlx-lm. merged: a plain model. merged-gguf: the same for llama.cpp."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder, or file for gguf; it must not exist.")],
@@ -46,29 +47,35 @@ def export_adapter(
 
     Example:  adapters export smollm2-135m-instruct out/function-calls-lora --to gguf --output out/lora.gguf
     """
-    import adapters
     from adapters._hub.quiet import quiet
     from adapters.cli.loading import load_adapted
-    from adapters.cli.merge import write_model
 
     require_new(output)
     if to is Form.MERGED_GGUF and base_gguf is None:
         raise AdapterError("--to merged-gguf needs --base-gguf FILE: the base's tokenizer and settings come from it.")
     with quiet():
-        loaded, tokenizer = load_adapted(model, adapter)
-        report: Any
-        if to is Form.GGUF:
-            report = adapters.export_gguf(loaded, "default", output, base_gguf)
-        elif to is Form.PEFT:
-            report = adapters.export_peft(loaded, "default", output)
-        else:
-            report = adapters.merge(loaded, "default")
-            if to is Form.MERGED:
-                write_model(loaded, tokenizer, asdict(report), output)
-            else:
-                assert base_gguf is not None
-                report = adapters.export_model(loaded, output, base_gguf, dtype)
+        report = _written(to, *load_adapted(model, adapter), output, base_gguf, dtype)
     if as_json:
         print_json({"output": str(output), "report": asdict(report)})
     else:
         typer.echo(f"{report}\nwritten to {output}")
+
+
+def _written(to: Form, model: Any, tokenizer: Any, output: Path, base_gguf: Path | None, dtype: str) -> Any:
+    """The library's report."""
+    import adapters
+    from adapters.cli.merge import write_model
+
+    match to:
+        case Form.PEFT:
+            return adapters.export_peft(model, "default", output)
+        case Form.GGUF:
+            return adapters.export_gguf(model, "default", output, base_gguf)
+        case Form.MLX:
+            return adapters.export_mlx(model, "default", output)
+    certificate = adapters.merge(model, "default")
+    if to is Form.MERGED:
+        write_model(model, tokenizer, asdict(certificate), output)
+        return certificate
+    assert base_gguf is not None
+    return adapters.export_model(model, output, base_gguf, dtype)
