@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import adapters
 from adapters._attach import tensors_of
 from adapters._sites import site_of, site_record
-from adapters._store import lines
+from adapters._store import hub, lines
 from adapters._store.bundle import CARD, CONFIG, PARTS, RECORD, WEIGHTS
 
 METHODS = ["lora", "qlora", "dora", "ia3", "bottleneck", "prefix"]
@@ -304,7 +304,7 @@ def test_a_hub_id_fetches_only_our_files(folder: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert adapters.inspect("org/name").name == "fr.v2"
-    ours = [WEIGHTS, CONFIG, RECORD, CARD, PARTS, "part-*/*"]
+    ours = [WEIGHTS, CONFIG, RECORD, CARD, PARTS, *hub.NAMES, "part-*/*"]
     assert asked == {"repository": "org/name", "revision": None, "patterns": ours}
     adapters.inspect("hub:org/name@v2")
     assert asked == {"repository": "org/name", "revision": "v2", "patterns": ours}

@@ -8,7 +8,7 @@ from typing import Any
 
 from adapters._errors import AdapterError
 from adapters._selection import from_record
-from adapters._store import commit
+from adapters._store import commit, hub
 from adapters._store.bundle import CONFIG, OWNED, RECORD, method_record
 from adapters._store.parts import part_folder, record_in
 from adapters._store.reading import peft_files, resolve
@@ -78,6 +78,8 @@ def _composition(place: str, record: dict[str, Any]) -> AdapterInfo:
 def _inspect_peft(place: str, view: commit.View, files: dict[str, int]) -> AdapterInfo:
     if CONFIG not in view:
         raise AdapterError(f"{place} holds no adapter: neither {RECORD} nor {CONFIG} is there.")
+    if hub.wrote(view):
+        return hub.hub_info(place, view, files)
     config, tensors = peft_files(view)
     shown: dict[str, object] = {
         key: config[key] for key in ("r", "lora_alpha", "use_rslora", "num_virtual_tokens") if key in config

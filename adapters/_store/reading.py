@@ -1,4 +1,4 @@
-"""Reads adapter folders, ours and PEFT's, into bundles."""
+"""Reads adapter folders, ours, PEFT's and AdapterHub's, into bundles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adapters._attach import state_of
 from adapters._errors import AdapterError, DamagedAdapter
 from adapters._interop.peft_read import parse_config, understand
 from adapters._sites import sites
-from adapters._store import commit
+from adapters._store import commit, hub
 from adapters._store.bundle import CONFIG, OWNED, PARTS, RECORD, WEIGHTS, Bundle, require_finite, versions
 from adapters._store.record import decode
 from adapters._store.weights import parse
@@ -29,11 +29,11 @@ def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Bund
     check what depends on the model: its base and its sites.
 
     Args:
-        model: what a folder that PEFT wrote is understood by, since it records no sites; not needed for ours.
+        model: what a folder that PEFT or AdapterHub wrote is understood by: neither records sites, as ours does.
 
     Raises:
         DamagedAdapter: a file is missing, truncated or altered, or holds values that are not finite.
-        AdapterError: the folder holds something that this version cannot read, or PEFT's and no model is given.
+        AdapterError: the folder holds something that this version cannot read, or is not ours and no model is given.
     """
     return open_folder(folder, model)
 
@@ -43,7 +43,7 @@ def open_folder(folder: str | os.PathLike[str], model: nn.Module | None, check: 
     place = resolve(folder)
     try:
         with commit.reading(place) as view:
-            bundle = decode(view, check) if RECORD in view else _from_peft(model, place, view, check)
+            bundle = decode(view, check) if RECORD in view else _from_others(model, place, view, check)
     except DamagedAdapter as error:
         if place == os.fspath(folder):
             raise
@@ -71,7 +71,7 @@ def resolve(folder: str | os.PathLike[str]) -> str:
     try:
         from huggingface_hub import snapshot_download
 
-        return str(snapshot_download(named[2], revision=named[3], allow_patterns=[*OWNED, "part-*/*"]))
+        return str(snapshot_download(named[2], revision=named[3], allow_patterns=[*OWNED, *hub.NAMES, "part-*/*"]))
     except Exception as error:  # the Hub's client has a dozen kinds, from a missing repository to no network
         here = "" if named[1] else f"there is no folder {place} here, and "
         at = f" at {named[3]}" if named[3] else ""
@@ -86,18 +86,21 @@ def _commit_of(place: str) -> str:
     return name if os.path.basename(above) == "snapshots" else ""
 
 
-def _from_peft(model: nn.Module | None, place: str, view: commit.View, check: bool) -> Bundle:
+def _from_others(model: nn.Module | None, place: str, view: commit.View, check: bool) -> Bundle:
     if PARTS in view:
         raise AdapterError(f"{place} holds a composition of adapters: adapters.load brings it with its parts.")
     if CONFIG not in view:
         raise AdapterError(f"{place} holds no adapter: neither {RECORD} nor {CONFIG} is there.")
+    writer = "AdapterHub" if hub.wrote(view) else "PEFT"
     if model is None:
         raise AdapterError(
-            f"{place} was written by PEFT and records no sites: give read the model, or use adapters.load."
+            f"{place} was written by {writer} and records no sites: give read the model, or use adapters.load."
         )
-    config, tensors = peft_files(view, check)
     state = state_of(model)
     known = state.map if state is not None and state.map is not None else sites(model)
+    if writer != "PEFT":
+        return hub.hub_bundle(model, known, view, check)
+    config, tensors = peft_files(view, check)
     found = understand(config, tensors, model, known)
     name = os.path.basename(os.path.abspath(place))
     notes = [f"written by PEFT for {found.base}." if found.base else "written by PEFT.", *found.notes]
@@ -108,6 +111,7 @@ def _from_peft(model: nn.Module | None, place: str, view: commit.View, check: bo
 
 def peft_files(view: commit.View, check: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of a folder that PEFT wrote."""
+    hub.refuse_as_peft(view)
     if WEIGHTS not in view:
         raise DamagedAdapter(f"{WEIGHTS} is missing; pickled weights (.bin) are never read.")
     if view.size(CONFIG) > LARGEST_CONFIG:

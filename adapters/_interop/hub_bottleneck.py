@@ -1,0 +1,151 @@
+"""AdapterHub's bottleneck layers in our words.
+
+Theirs (src/adapters/methods/modeling.py, class Adapter; Houlsby et al., 2019, arXiv 1902.00751; Pfeiffer et al., 2020,
+arXiv 2005.00247): y' = y + s (U f(D h + c) + e), where y is what a branch adds to the residual stream r, and h = y;
+h = r where `is_parallel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters._contract import StreamSite
+from adapters._errors import AdapterError, DamagedAdapter
+from adapters._interop.folder import CONFIG
+from adapters._interop.hub_folder import FromHub, HubFiles, anchor, by_owner, refuse_options, require_layers
+from adapters._interop.hub_places import Places
+from adapters._sites.discover import discover
+from adapters.methods.bottleneck import Activation, Bottleneck
+
+ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu", "swish": "silu", "silu": "silu", "tanh": "tanh"}
+RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # what files without a version mean
+# at no moment of a finished adapter's forward; the last two only where the other norms are as below
+NEUTRAL = {
+    "architecture", "cross_adapter", "dropout", "factorized_phm_W", "factorized_phm_rule", "hypercomplex_nonlinearity",
+    "init_weights", "init_weights_seed", "inv_adapter", "inv_adapter_reduction_factor", "invertible_adapter",
+    "is_parallel", "learn_phm", "leave_out", "mh_adapter", "non_linearity", "original_ln_before", "output_adapter",
+    "phm_bias", "phm_c_init", "phm_dim", "phm_init_range", "phm_rank", "reduction_factor", "scaling", "shared_W_phm",
+    "shared_phm_rule", "stochastic_depth", "residual_before_ln", "adapter_residual_before_ln",
+}  # fmt: skip
+KNOWN = {
+    "ln_after": False, "ln_before": False, "original_ln_after": True, "phm_layer": False, "use_gating": False,
+}  # fmt: skip
+PARTS = {
+    "down": "adapter_down.0.weight",
+    "down_bias": "adapter_down.0.bias",
+    "up": "adapter_up.weight",
+    "up_bias": "adapter_up.bias",
+}
+
+
+def read_bottleneck(own: Mapping[str, Any], files: HubFiles, model: nn.Module) -> FromHub:
+    """A bottleneck adapter with AdapterHub's options `own`, each layer where it acts."""
+    refuse_options(own, NEUTRAL, KNOWN)
+    _refuse_others(own, files)
+    owners = by_owner(files, "adapters", model)
+    places = Places(model, discover(model, None), files.interface)
+    require_layers(owners, places.trace.sites.streams, own.get("leave_out"))
+    sites = {owner: places.at(owner) for owner in owners}
+    _require_branches(own, sites)
+    parallel = bool(own.get("is_parallel", False))
+    ours: dict[str, Tensor] = {}
+    for owner, parts in owners.items():
+        if parallel:
+            sites[owner] = _reading_residual(places, sites[owner], owner)
+        ours |= _tensors(own, sites[owner], parts)
+    inner = {site.path: ours[f"{site.path}:down"].shape[0] for site in sites.values()}
+    method = Bottleneck(
+        placement="parallel" if parallel else "houlsby" if own["mh_adapter"] else "pfeiffer",
+        reduction_factor=_factor(own["reduction_factor"], inner, next(iter(sites.values())).width),
+        activation=_activation(str(own["non_linearity"]).lower(), files.config.get("version")),
+        scale=1.0 if isinstance(own.get("scaling", 1.0), str) else float(own.get("scaling", 1.0)),
+    )
+    return FromHub(method, tuple(sites.values()), ours, notes=_notes(own, inner))
+
+
+def _refuse_others(own: Mapping[str, Any], files: HubFiles) -> None:
+    """Refuses further options; version 1's task adapters name invertible layers which they do not have."""
+    if (own.get("inv_adapter") or own.get("invertible_adapter")) and files.config.get("type") != "text_task":
+        raise AdapterError("the adapter has invertible layers at the embeddings (inv_adapter), and no method here has.")
+    if own.get("original_ln_before", False):
+        raise AdapterError(
+            f"{CONFIG} sets original_ln_before: the layers read the sum of branch and residual stream after its norm, "
+            "and those here the branch alone, which is another function of the same tensors."
+        )
+    if own.get("residual_before_ln", True) not in (True, False):
+        raise AdapterError(f"{CONFIG} sets residual_before_ln to {str(own['residual_before_ln'])[:60]!r}.")
+
+
+def _require_branches(own: Mapping[str, Any], sites: Mapping[str, StreamSite]) -> None:
+    """What the options name, and nothing else: AdapterHub ignores what it was not told of."""
+    wanted = {"attention"} if own["mh_adapter"] or own.get("cross_adapter") else set()
+    wanted |= {"others"} if own["output_adapter"] else set()
+    found = {"attention" if site.branch == "attention" else "others" for site in sites.values()}
+    if found != wanted:
+        raise DamagedAdapter(f"the file holds tensors of {sorted(found)}, and {CONFIG} speaks of {sorted(wanted)}.")
+    if len({site.path for site in sites.values()}) != len(sites):
+        raise AdapterError("two of the adapter's layers act at one branch of this model.")
+
+
+def _reading_residual(places: Places, site: StreamSite, owner: str) -> StreamSite:
+    found = places.reading_residual(site, anchor(owner))
+    if found is None:
+        raise AdapterError(f"AdapterHub gives its layer at {site.path} no residual stream to read.")
+    return found
+
+
+def _tensors(own: Mapping[str, Any], site: StreamSite, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    scaling = own.get("scaling", 1.0)
+    wanted = {*PARTS.values(), *(("scaling",) if isinstance(scaling, str) else ())}
+    for part in sorted(wanted ^ set(parts)):
+        what = "lacks" if part in wanted else "holds"
+        raise DamagedAdapter(f"the file {what} {part} of {site.path}, unlike what {CONFIG} says.")
+    held = {name: parts[part] for name, part in PARTS.items()}
+    inner = held["down"].shape[0] if held["down"].dim() else 0
+    shapes = {"down": (inner, site.width), "down_bias": (inner,), "up": (site.width, inner), "up_bias": (site.width,)}
+    for name, tensor in held.items():
+        if tensor.shape != shapes[name] or not tensor.is_floating_point():
+            raise AdapterError(f"the adapter's {PARTS[name]} at {site.path} has the shape {list(tensor.shape)}.")
+    if isinstance(scaling, str):
+        held |= _scaled(held, parts["scaling"], site)
+    return {f"{site.path}:{name}": tensor for name, tensor in held.items()}
+
+
+def _scaled(held: Mapping[str, Tensor], learned: Tensor, site: StreamSite) -> dict[str, Tensor]:
+    """U and e with a learned scaling in them: s (U f + e) = (s U) f + s e, s (1) or (width)."""
+    if tuple(learned.shape) not in ((1,), (site.width,)):
+        raise AdapterError(f"the adapter's scaling at {site.path} is {list(learned.shape)}, not 1 or {site.width}.")
+    s = learned.double()
+    up, bias = (s.unsqueeze(-1) * held["up"].double()), s * held["up_bias"].double()
+    return {"up": up.to(torch.float32), "up_bias": bias.to(torch.float32)}
+
+
+def _factor(factors: Any, inner: Mapping[str, int], width: int) -> float:
+    """The reduction factor, which a dictionary gives layer by layer; the tensors must have widths that it makes."""
+    values = [float(value) for value in (factors.values() if isinstance(factors, Mapping) else [factors])]
+    made = {max(1, int(width // value)): value for value in values}
+    for path, found in inner.items():
+        if found not in made:
+            raise DamagedAdapter(f"{path} has a bottleneck of {found} units, unlike what {CONFIG} says.")
+    return made[next(iter(inner.values()))]
+
+
+def _activation(name: str, version: Any) -> Activation:
+    name = RENAMED.get(name, name) if version is None else name
+    if name not in ACTIVATIONS:
+        raise AdapterError(f"the activation {name[:60]!r} is none of those here: {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
+def _notes(own: Mapping[str, Any], inner: Mapping[str, int]) -> tuple[str, ...]:
+    trained = [name for name in ("dropout", "stochastic_depth") if own.get(name)]
+    notes = [f"AdapterHub trained it with {name} {own[name]}, which a bottleneck here has not." for name in trained]
+    if isinstance(own.get("scaling"), str):
+        notes.append("its learned scaling is part of the up projection now.")
+    if len(set(inner.values())) > 1:
+        notes.append(f"its layers have bottlenecks of {', '.join(map(str, sorted(set(inner.values()))))} units.")
+    return tuple(notes)
