@@ -14,6 +14,7 @@ import adapterhub_golden as golden
 import pytest
 import tiny
 import torch
+import transformers as hf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -398,6 +399,15 @@ def test_a_fused_projection_without_a_bias_is_refused(tmp_path: Path) -> None:
     model = tiny.build("modernbert")
     folder = write(tmp_path, options(**HOUSLBY), {"x": torch.ones(1)}, model)
     with pytest.raises(adapters.AdapterError, match="at random"):
+        adapters.load(model, folder)
+
+
+def test_a_base_with_adapters_of_its_own_is_refused(tmp_path: Path) -> None:
+    """AdapterHub turns them off (seen: X-MOD's logits move by 0.15 of their norm before any adapter is added)."""
+    sizes = {**tiny._BERT, "languages": ["en_XX"], "default_language": "en_XX"}
+    model = hf.XmodForMaskedLM(hf.XmodConfig(**sizes)).eval()
+    folder = write(tmp_path, lora_options(), {"x": torch.ones(1)}, model)
+    with pytest.raises(adapters.AdapterError, match="adapter_modules off"):
         adapters.load(model, folder)
 
 

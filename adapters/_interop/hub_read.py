@@ -18,6 +18,7 @@ from adapters._interop.hub_bottleneck import read_bottleneck
 from adapters._interop.hub_folder import FromHub, HubFiles
 from adapters._interop.hub_head import read_head
 from adapters._interop.hub_lora import read_lora
+from adapters._interop.targets import base_modules
 from adapters._sites import SiteMap
 
 OTHERS = {
@@ -40,7 +41,7 @@ def understand(files: HubFiles, model: nn.Module, sites: SiteMap) -> FromHub:
     if not isinstance(own, Mapping):
         raise DamagedAdapter(f"{CONFIG} holds no options of an adapter.")
     _require_type(files, model)
-    _require_biases(files, model, sites)
+    _require_same_base(files, model, sites)
     try:
         found = _adapter(files, own, model, sites)
         return found if files.head_config is None else _with_head(found, files, model)
@@ -71,8 +72,15 @@ def _require_type(files: HubFiles, model: nn.Module) -> None:
         raise AdapterError(f"the adapter was made for a model of type {made[:60]!r}, and this one is {here!r}.")
 
 
-def _require_biases(files: HubFiles, model: nn.Module, sites: SiteMap) -> None:
-    """AdapterHub puts a layer with a bias, drawn at random and never saved, in place of a fused one without (1.3.0)."""
+def _require_same_base(files: HubFiles, model: nn.Module, sites: SiteMap) -> None:
+    """AdapterHub changes some bases as it takes them over, and the adapter was trained on what came of it (1.3.0).
+
+    A base's own adapters (X-MOD's, `adapter_modules`) are off there, unless they are asked for. A fused projection
+    without a bias is replaced by one with a bias, which is drawn at random and never saved.
+    """
+    for path in base_modules(model):
+        if path.rpartition(".")[2] == "adapter_modules":
+            raise AdapterError(f"AdapterHub turns the base's own {path} off, and here they are part of it.")
     if files.interface is not None and "lora" not in (files.interface.get("adapter_methods") or ("lora",)):
         return
     for site in sites.weights:
