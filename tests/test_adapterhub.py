@@ -385,6 +385,30 @@ def test_tensors_must_be_all_and_nothing_more(tmp_path: Path) -> None:
         adapters.load(model, write(tmp_path, options(**own), whole, model))
 
 
+def test_lora_must_have_what_its_options_name(tmp_path: Path) -> None:
+    model, own = tiny.build("bert"), lora_options(r=3, intermediate_lora=True)
+    whole = {f"{key}{part}": t for _, key, _, a, b in lora_tensors("bert", own) for part, t in (("A", a), ("B", b))}
+    for tensors, word in (
+        ({key: tensor for key, tensor in whole.items() if "value" not in key}, r"changes \['q'\] of attentions"),
+        ({key: tensor for key, tensor in whole.items() if "intermediate" not in key}, "other weights of feed-forwards"),
+        ({key: tensor for key, tensor in whole.items() if not key.endswith("lora_A")}, "lacks lora_A"),
+        ({key: tensor for key, tensor in whole.items() if "layer.1" not in key}, "lacks the tensors"),
+        ({**whole, "bert.encoder.layer.0.output.LayerNorm.loras.task.lora_A": torch.ones(3, 64)}, "no linear layer"),
+    ):
+        with pytest.raises(adapters.AdapterError, match=word):
+            adapters.load(model, write(tmp_path, own, tensors, model))
+
+
+@pytest.mark.parametrize(
+    "odd", [{"r": "3"}, {"alpha": float("nan")}, {"r": 0}, {"leave_out": "all"}, {"attn_matrices": 3}, {"dropout": 2}]
+)
+def test_options_of_another_type_are_refused(odd: dict[str, Any], tmp_path: Path) -> None:
+    model, own = tiny.build("bert"), lora_options(r=3)
+    tensors = {f"{key}{part}": t for _, key, _, a, b in lora_tensors("bert", own) for part, t in (("A", a), ("B", b))}
+    with pytest.raises(adapters.AdapterError):
+        adapters.load(model, write(tmp_path, {**own, **odd}, tensors, model))
+
+
 def test_another_type_of_model_is_refused(tmp_path: Path) -> None:
     model = tiny.build("bert")
     folder = write(

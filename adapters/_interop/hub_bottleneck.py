@@ -7,7 +7,7 @@ h = r where `is_parallel`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from adapters._contract import StreamSite
 from adapters._errors import AdapterError, DamagedAdapter
 from adapters._interop.folder import CONFIG
-from adapters._interop.hub_folder import FromHub, HubFiles, anchor, by_owner, refuse_options, require_layers
+from adapters._interop.hub_folder import (
+    FromHub,
+    HubFiles,
+    anchor,
+    by_owner,
+    flag,
+    number,
+    refuse_options,
+    require_layers,
+)
 from adapters._interop.hub_places import Places
 from adapters._sites.discover import discover
 from adapters.methods.bottleneck import Activation, Bottleneck
@@ -34,6 +43,7 @@ NEUTRAL = {
 KNOWN = {
     "ln_after": False, "ln_before": False, "original_ln_after": True, "phm_layer": False, "use_gating": False,
 }  # fmt: skip
+LEARNED = ("learned", "channel")  # values of `scaling`: a number or a vector that was trained
 PARTS = {
     "down": "adapter_down.0.weight",
     "down_bias": "adapter_down.0.bias",
@@ -50,8 +60,8 @@ def read_bottleneck(own: Mapping[str, Any], files: HubFiles, model: nn.Module) -
     places = Places(model, discover(model, None), files.interface)
     require_layers(owners, places.trace.sites.streams, own.get("leave_out"))
     sites = {owner: places.at(owner) for owner in owners}
-    _require_branches(own, sites)
-    parallel = bool(own.get("is_parallel", False))
+    _require_branches(own, sites, places.trace.sites.streams)
+    parallel = flag(own, "is_parallel", False)
     ours: dict[str, Tensor] = {}
     for owner, parts in owners.items():
         if parallel:
@@ -59,10 +69,10 @@ def read_bottleneck(own: Mapping[str, Any], files: HubFiles, model: nn.Module) -
         ours |= _tensors(own, sites[owner], parts)
     inner = {site.path: ours[f"{site.path}:down"].shape[0] for site in sites.values()}
     method = Bottleneck(
-        placement="parallel" if parallel else "houlsby" if own["mh_adapter"] else "pfeiffer",
+        placement="parallel" if parallel else "houlsby" if flag(own, "mh_adapter") else "pfeiffer",
         reduction_factor=_factor(own["reduction_factor"], inner, next(iter(sites.values())).width),
         activation=_activation(str(own["non_linearity"]).lower(), files.config.get("version")),
-        scale=1.0 if isinstance(own.get("scaling", 1.0), str) else float(own.get("scaling", 1.0)),
+        scale=1.0 if own.get("scaling") in LEARNED else number(own.get("scaling", 1.0), "scaling"),
     )
     return FromHub(method, tuple(sites.values()), ours, notes=_notes(own, inner))
 
@@ -71,7 +81,7 @@ def _refuse_others(own: Mapping[str, Any], files: HubFiles) -> None:
     """Refuses further options; version 1's task adapters name invertible layers which they do not have."""
     if (own.get("inv_adapter") or own.get("invertible_adapter")) and files.config.get("type") != "text_task":
         raise AdapterError("the adapter has invertible layers at the embeddings (inv_adapter), and no method here has.")
-    if own.get("original_ln_before", False):
+    if flag(own, "original_ln_before", False):
         raise AdapterError(
             f"{CONFIG} sets original_ln_before: the layers read the sum of branch and residual stream after its norm, "
             "and those here the branch alone, which is another function of the same tensors."
@@ -80,15 +90,27 @@ def _refuse_others(own: Mapping[str, Any], files: HubFiles) -> None:
         raise AdapterError(f"{CONFIG} sets residual_before_ln to {str(own['residual_before_ln'])[:60]!r}.")
 
 
-def _require_branches(own: Mapping[str, Any], sites: Mapping[str, StreamSite]) -> None:
+def _require_branches(own: Mapping[str, Any], sites: Mapping[str, StreamSite], streams: Sequence[StreamSite]) -> None:
     """What the options name, and nothing else: AdapterHub ignores what it was not told of."""
-    wanted = {"attention"} if own["mh_adapter"] or own.get("cross_adapter") else set()
-    wanted |= {"others"} if own["output_adapter"] else set()
-    found = {"attention" if site.branch == "attention" else "others" for site in sites.values()}
+    kinds = {site.path: _kind(site, streams) for site in streams}
+    told = {
+        "mh_adapter": flag(own, "mh_adapter"),
+        "cross_adapter": flag(own, "cross_adapter", False) and "cross_adapter" in kinds.values(),
+        "output_adapter": flag(own, "output_adapter"),
+    }
+    found, wanted = {kinds[site.path] for site in sites.values()}, {kind for kind, said in told.items() if said}
     if found != wanted:
         raise DamagedAdapter(f"the file holds tensors of {sorted(found)}, and {CONFIG} speaks of {sorted(wanted)}.")
     if len({site.path for site in sites.values()}) != len(sites):
         raise AdapterError("two of the adapter's layers act at one branch of this model.")
+
+
+def _kind(site: StreamSite, streams: Sequence[StreamSite]) -> str:
+    """AdapterHub's option for the layers at such a site: a block's second attention is to another stream."""
+    if site.branch != "attention":
+        return "output_adapter"
+    first = next(other for other in streams if other.block == site.block and other.branch == "attention")
+    return "mh_adapter" if site == first else "cross_adapter"
 
 
 def _reading_residual(places: Places, site: StreamSite, owner: str) -> StreamSite:
@@ -100,7 +122,7 @@ def _reading_residual(places: Places, site: StreamSite, owner: str) -> StreamSit
 
 def _tensors(own: Mapping[str, Any], site: StreamSite, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     scaling = own.get("scaling", 1.0)
-    wanted = {*PARTS.values(), *(("scaling",) if isinstance(scaling, str) else ())}
+    wanted = {*PARTS.values(), *(("scaling",) if scaling in LEARNED else ())}
     for part in sorted(wanted ^ set(parts)):
         what = "lacks" if part in wanted else "holds"
         raise DamagedAdapter(f"the file {what} {part} of {site.path}, unlike what {CONFIG} says.")
@@ -110,7 +132,7 @@ def _tensors(own: Mapping[str, Any], site: StreamSite, parts: Mapping[str, Tenso
     for name, tensor in held.items():
         if tensor.shape != shapes[name] or not tensor.is_floating_point():
             raise AdapterError(f"the adapter's {PARTS[name]} at {site.path} has the shape {list(tensor.shape)}.")
-    if isinstance(scaling, str):
+    if scaling in LEARNED:
         held |= _scaled(held, parts["scaling"], site)
     return {f"{site.path}:{name}": tensor for name, tensor in held.items()}
 
@@ -126,7 +148,8 @@ def _scaled(held: Mapping[str, Tensor], learned: Tensor, site: StreamSite) -> di
 
 def _factor(factors: Any, inner: Mapping[str, int], width: int) -> float:
     """The reduction factor, which a dictionary gives layer by layer; the tensors must have widths that it makes."""
-    values = [float(value) for value in (factors.values() if isinstance(factors, Mapping) else [factors])]
+    given = list(factors.values()) if isinstance(factors, Mapping) else [factors]
+    values = [number(value, "reduction_factor") for value in given]
     made = {max(1, int(width // value)): value for value in values}
     for path, found in inner.items():
         if found not in made:
@@ -144,7 +167,7 @@ def _activation(name: str, version: Any) -> Activation:
 def _notes(own: Mapping[str, Any], inner: Mapping[str, int]) -> tuple[str, ...]:
     trained = [name for name in ("dropout", "stochastic_depth") if own.get(name)]
     notes = [f"AdapterHub trained it with {name} {own[name]}, which a bottleneck here has not." for name in trained]
-    if isinstance(own.get("scaling"), str):
+    if own.get("scaling") in LEARNED:
         notes.append("its learned scaling is part of the up projection now.")
     if len(set(inner.values())) > 1:
         notes.append(f"its layers have bottlenecks of {', '.join(map(str, sorted(set(inner.values()))))} units.")

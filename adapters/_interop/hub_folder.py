@@ -7,6 +7,7 @@ class. Tensors are called `<module>.adapters.<name>.<part>`, `<module>.loras.<na
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -116,7 +117,9 @@ def require_layers(owners: Iterable[str], sites: Iterable[Site], left_out: Any) 
         left_out: numbers of layers that have none.
     """
     blocks = list(dict.fromkeys(site.block for site in sites if site.block and site.default))
-    skipped = set(left_out or ())
+    skipped = set(left_out or [])
+    if not isinstance(left_out, list | None) or not all(type(number) is int for number in skipped):
+        raise DamagedAdapter(f"{CONFIG} sets leave_out to {str(left_out)[:60]!r}, which is no list of layers.")
     inside: dict[str, set[str]] = {}
     for owner in owners:
         block = block_of(owner)
@@ -141,6 +144,21 @@ def refuse_options(own: Mapping[str, Any], neutral: Collection[str], known: Mapp
             continue
         if option in known or value not in (None, False, 0, "", [], {}):
             raise AdapterError(f"{CONFIG} sets {option} to {str(value)[:60]!r}, which is not computed here.")
+
+
+def flag(own: Mapping[str, Any], option: str, usual: bool | None = None) -> bool:
+    """An option that is true or false; without a usual value it must be there."""
+    value = own[option] if usual is None else own.get(option, usual)
+    if not isinstance(value, bool):
+        raise DamagedAdapter(f"{CONFIG} sets {option} to {str(value)[:60]!r}, which is neither true nor false.")
+    return value
+
+
+def number(value: Any, option: str) -> float:
+    """The value of an option that is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DamagedAdapter(f"{CONFIG} sets {option} to {str(value)[:60]!r}, which is no finite number.")
+    return float(value)
 
 
 def parsed_version(version: Any) -> tuple[int, ...] | None:

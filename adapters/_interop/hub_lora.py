@@ -7,7 +7,8 @@ rank r parts whose B has blocks on the rows of each part. IA3 is the mode "scale
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,16 @@ from torch import Tensor, nn
 from adapters._contract import WeightSite
 from adapters._errors import AdapterError, DamagedAdapter
 from adapters._interop.folder import CONFIG
-from adapters._interop.hub_folder import FromHub, HubFiles, by_owner, parsed_version, refuse_options, require_layers
+from adapters._interop.hub_folder import (
+    FromHub,
+    HubFiles,
+    by_owner,
+    flag,
+    number,
+    parsed_version,
+    refuse_options,
+    require_layers,
+)
 from adapters._interop.layers import layers_of
 from adapters._interop.patterns import from_peft
 from adapters._interop.targets import base_modules
@@ -57,10 +67,14 @@ def read_lora(own: Mapping[str, Any], files: HubFiles, model: nn.Module, sites: 
     return _lora(own, owners, adapted, parsed_version(files.config.get("version")))
 
 
-def _require_matrices(own: Mapping[str, Any], sites: Any) -> None:
-    """The attentions' matrices must be those that the options name, where they are not fused."""
+def _require_matrices(own: Mapping[str, Any], sites: Collection[WeightSite]) -> None:
+    """The weights must be those that the options name; of attentions only where they are not fused."""
+    beside = Counter(site.block for site in sites if not site.role.startswith("attention."))
+    many = flag(own, "intermediate_lora", False) + flag(own, "output_lora", False)
+    if any(beside[site.block] != many for site in sites):
+        raise DamagedAdapter(f"the file changes other weights of feed-forwards than {CONFIG} says.")
     roles = {site.role for site in sites if site.role.startswith("attention.")}
-    wanted = set(own.get("attn_matrices", ("q", "v"))) & set(LETTERS) if own.get("selfattn_lora", True) else set()
+    wanted = set(own.get("attn_matrices", ("q", "v"))) & set(LETTERS) if flag(own, "selfattn_lora", True) else set()
     if roles == {"attention.qkv"} and wanted:
         return
     found = {ROLES.get(role, role) for role in roles}
@@ -74,7 +88,7 @@ def _lora(
     adapted: Mapping[str, WeightSite],
     version: tuple[int, ...] | None,
 ) -> FromHub:
-    rank, alpha, notes = int(own["r"]), float(own["alpha"]), []
+    rank, alpha, notes = int(number(own["r"], "r")), number(own["alpha"], "alpha"), []
     if version is not None and version < (1, 1, 0) and alpha != rank:
         alpha = float(rank)  # as AdapterHub loads it: github.com/adapter-hub/adapters/pull/770
         notes.append(f"AdapterHub before 1.1 did not scale by alpha / r: alpha is {rank} and not {own['alpha']}.")
@@ -88,7 +102,9 @@ def _lora(
         ranks[owner] = a.shape[0]
     alphas = {owner: alpha * (held / rank) for owner, held in ranks.items()}
     (one, ranked), (usual, scaled) = from_peft(ranks, rank), from_peft(alphas, alpha)
-    method = LoRA(one, usual, dropout=float(own.get("dropout") or 0.0), rank_pattern=ranked, alpha_pattern=scaled)
+    method = LoRA(
+        one, usual, dropout=number(own.get("dropout") or 0.0, "dropout"), rank_pattern=ranked, alpha_pattern=scaled
+    )
     return FromHub(method, tuple(adapted.values()), ours, notes=tuple(notes))
 
 

@@ -91,7 +91,7 @@ class Places:
             named = self.interface.get(HOOKED[site.branch][2]) if site.branch in HOOKED else None
             if named is None:
                 return None
-            raise AdapterError(f"AdapterHub applied the base's norm {layer}.{named} once more, through a hook.")
+            raise AdapterError(f"AdapterHub's hook applied the base's {layer}.{str(named)[:60]} once more.")
         paths = {self._only_consumer(branch.total, site) for branch in self._branches(site)}
         path = paths.pop()
         if path is None and not paths:
@@ -116,7 +116,7 @@ class Places:
                 )
             return
         names = HOOKED[site.branch][0] if site.branch in HOOKED else ()
-        path = ".".join([layer, *(str(self.interface.get(name)) for name in names)])
+        path = ".".join([layer, *(str(self.interface.get(name))[:60] for name in names)])
         made = {call.path for call, _ in self.trace.graph.producers.get(branch.returned.index, [])}
         if path not in made:
             raise AdapterError(f"AdapterHub's layer sees the output of {path}, which {site.path} does not return.")
@@ -152,7 +152,7 @@ class Places:
         named = self.interface.get(HOOKED[site.branch][1]) if site.branch in HOOKED else None
         if named is None:
             return None
-        path = f"{layer}.{named}"
+        path = f"{layer}.{str(named)[:60]}"
         calls = self.trace.graph.calls_of.get(path, [])
         if not calls or any(0 not in call.inputs for call in calls):
             raise AdapterError(f"AdapterHub's layer reads the first argument of {path}, and there is none here.")

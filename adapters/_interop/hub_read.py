@@ -40,13 +40,15 @@ def understand(files: HubFiles, model: nn.Module, sites: SiteMap) -> FromHub:
     own = files.config.get("config")
     if not isinstance(own, Mapping):
         raise DamagedAdapter(f"{CONFIG} holds no options of an adapter.")
-    _require_type(files, model)
-    _require_same_base(files, model, sites)
     try:
+        _require_type(files, model)
+        _require_same_base(files, model, sites)
         found = _adapter(files, own, model, sites)
         return found if files.head_config is None else _with_head(found, files, model)
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        raise DamagedAdapter(f"{CONFIG} lacks a field or holds one of another type: {error}.") from error
+    except AdapterError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise DamagedAdapter(f"{CONFIG} lacks a field or holds one of another type: {str(error)[:80]}.") from error
 
 
 def kind_of(own: Mapping[str, Any]) -> str:
