@@ -15,24 +15,28 @@ from typer.testing import CliRunner
 import adapters
 from adapters.cli import app
 
-PROGRAMS = ("peft", "vllm", "llama.cpp", "mistralrs")
+PROGRAMS = ("peft", "vllm", "llama.cpp", "mistralrs", "mlx")
 # by program: nothing but what has to be done, or the first thing that does not work
 CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "lora": ("lora", {"rank": 4}, ("", "", "", "")),
-    "rslora": ("lora", {"rank": 4, "rslora": True}, ("", "", "", "")),
+    "lora": ("lora", {"rank": 4}, ("", "", "", "", "")),
+    "rslora": ("lora", {"rank": 4, "rslora": True}, ("", "", "", "", "")),
     "patterns": (
         "lora",
         {"rank": 4, "rank_pattern": {"*q_proj*": 2}, "alpha_pattern": {"*up_proj*": 3.0}},
-        ("", "ignored rank_pattern and alpha_pattern", "", ""),
+        ("", "", "", "", ""),
     ),
-    "dora": ("dora", {"rank": 4}, ("", "refused DoRA", "refused DoRA", "refused DoRA")),
-    "bias": ("lora", {"rank": 4, "bias": True}, ("", *["refused trained biases"] * 3)),
-    "ia3": ("ia3", {}, ("", *["refused the method is ia3"] * 3)),
-    "bottleneck": ("bottleneck", {}, ("refused PEFT cannot express", *["refused the method is bottleneck"] * 3)),
+    "dora": ("dora", {"rank": 4}, ("", "refused DoRA", "refused DoRA", "refused DoRA", "")),
+    "bias": ("lora", {"rank": 4, "bias": True}, ("", *["refused trained biases"] * 4)),
+    "ia3": ("ia3", {}, ("", *["refused the method is ia3"] * 4)),
+    "bottleneck": (
+        "bottleneck",
+        {},
+        ("refused PEFT cannot read this folder", *["refused the method is bottleneck"] * 4),
+    ),
     "embeddings": (
         "lora",
         {"rank": 4, "targets": ["*embed_tokens*"]},
-        ("", *["refused rows or changes of the embeddings"] * 3),
+        ("", "", *["refused rows or changes of the embeddings"] * 3),
     ),
 }
 
@@ -69,7 +73,62 @@ def test_a_trained_head_is_refused_by_servers(tmp_path: Path) -> None:
     adapters.save(model, "fr", tmp_path)
     for program in PROGRAMS[1:]:
         assert "modules_to_save: classifier" in str(adapters.check_for(tmp_path, program))
+        assert adapters.check_for(tmp_path, program).works == (program == "vllm")
+    assert "--runner pooling" in str(adapters.check_for(tmp_path, "vllm"))
     assert adapters.check_for(tmp_path, "peft").works
+
+
+def changed(folder: Path, **fields: Any) -> Path:
+    """A folder of PEFT's own with these fields in its configuration."""
+    (folder / "adapter.json").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return folder
+
+
+# what vLLM 0.32 said of each, and to it
+VLLM: dict[str, tuple[dict[str, Any], str, str]] = {
+    "patterns": ({"alpha_pattern": {"q_proj": 3}}, "to do", "vLLM 0.32 or newer"),
+    "a pattern's rank": ({"rank_pattern": {"q_proj": 40}}, "to do", "--max-lora-rank 64"),
+    "the configuration's rank": ({"r": 100}, "to do", "--max-lora-rank 128"),
+    "too large a rank": ({"r": 600}, "refused", "above 512"),
+    "pissa": ({"init_lora_weights": "pissa"}, "refused", "'pissa'"),
+    "drawn": ({"init_lora_weights": "gaussian"}, "", ""),
+    "activated": ({"alora_invocation_tokens": [1]}, "refused", "alora_invocation_tokens"),
+    "replicated": ({"layer_replication": [[0, 1]]}, "refused", "layer_replication"),
+    "tokens": ({"trainable_token_indices": [1]}, "refused", "rows of tokens"),
+    "a saved norm": ({"modules_to_save": ["norm"]}, "refused", "modules_to_save: norm"),
+}
+
+
+@pytest.mark.parametrize("case", VLLM)
+def test_vllm_decides_by_these_fields(case: str, tmp_path: Path) -> None:
+    fields, verdict, words = VLLM[case]
+    found = adapters.check_for(changed(saved(tmp_path / "fr", "lora", rank=4), **fields), "vllm").findings
+    assert [each.verdict for each in found] == [verdict] * (verdict != "" and len(found))
+    assert words in "".join(map(str, found))
+
+
+def test_experts_and_heads_of_bases_in_vllm(tmp_path: Path) -> None:
+    moe = tiny.build("qwen3_moe")
+    for name, targets in (("both", ["mlp.gate_up", "mlp.down"]), ("one", ["mlp.down"])):
+        adapters.attach(moe, "lora", name=name, targets=targets)
+        adapters.save(moe, name, tmp_path / name)
+        for program in PROGRAMS:
+            assert "adapters export --to peft" in str(adapters.check_for(tmp_path / name, program))
+        adapters.export_peft(moe, name, tmp_path / f"{name} for PEFT")
+        assert adapters.check_for(tmp_path / f"{name} for PEFT", "peft").works
+        found = adapters.check_for(tmp_path / f"{name} for PEFT", "vllm")
+        assert found.works == (name == "both"), found
+        assert "experts" in str(found)
+    head = saved(tmp_path / "head", "lora", targets=["head"])
+    assert "Qwen2, Mistral and Gemma refuse it" in str(adapters.check_for(head, "vllm"))
+    bare = tiny.build("llama").model
+    adapters.attach(bare, "lora", name="fr")
+    adapters.save(bare, "fr", tmp_path / "bare")
+    found = adapters.check_for(tmp_path / "bare", "vllm")
+    assert not found.works
+    assert "without its head" in str(found)
 
 
 def test_compositions_and_what_is_no_adapter_are_told(tmp_path: Path) -> None:

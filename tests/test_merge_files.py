@@ -131,11 +131,7 @@ def test_a_bias_without_a_place_is_refused_and_leaves_nothing(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_heads_and_folders_that_exist_are_refused(tmp_path: Path) -> None:
-    classifier = tiny.build("bert_classifier")
-    adapters.attach(classifier, "lora", name="fr", rank=2)
-    with pytest.raises(adapters.AdapterError, match="brings a head or tokens: merge it in memory"):
-        adapters.merge_files(classifier, "fr", tmp_path / "merged")
+def test_folders_that_exist_are_refused(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")
     with pytest.raises(adapters.AdapterError, match="exists already"):

@@ -18,7 +18,7 @@ from adapters._attach.install import (
     set_trainable,
     tensors_of,
 )
-from adapters._attach.labels import labels_of, set_labels
+from adapters._attach.labels import labels_of, put_labels, set_labels
 from adapters._attach.report import AttachReport
 from adapters._attach.state import Adapter, adapters_of, state_of, unwrapped
 from adapters._attach.tables import owners, require_rows, table_of, table_paths
@@ -53,6 +53,7 @@ __all__ = [
     "products",
     "remove",
     "replace",
+    "put_labels",
     "set_labels",
     "set_trainable",
     "state_of",

@@ -27,10 +27,14 @@ def show_labels(model: nn.Module, state: State, active: Acting) -> None:
         set_labels(model, wanted)
 
 
-def set_labels(model: nn.Module, labels: Mapping[str, str]) -> None:
-    """Gives the configuration these labels, and the model their number."""
-    config: Any = model.config
+def put_labels(config: Any, labels: Mapping[str, str]) -> None:
+    """The same for a configuration alone."""
     config.id2label = {int(key): value for key, value in labels.items()}
     config.label2id = {value: int(key) for key, value in labels.items()}
+
+
+def set_labels(model: nn.Module, labels: Mapping[str, str]) -> None:
+    """Gives the configuration these labels, and the model their number."""
+    put_labels(model.config, labels)
     if hasattr(model, "num_labels"):
         model.num_labels = len(labels)  # type: ignore[assignment]

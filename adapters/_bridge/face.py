@@ -22,6 +22,7 @@ from adapters._bridge.joining import add
 from adapters._errors import AdapterError
 from adapters._fourbit import elements
 from adapters._merge import merge
+from adapters._selection import Stack, expanded, names_in
 from adapters._store import load, restore, save, save_attached
 
 
@@ -165,13 +166,18 @@ class PeftFace:
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> Any:
-        """Merges the active adapter, measured as `adapters.merge` does, detaches the others, and returns the model."""
+        """Merges what is active, or the adapters of these names, and returns the model.
+
+        Measured as `adapters.merge` does; what is not merged is detached.
+        """
         names = [self.active_adapter] if adapter_names is None else list(adapter_names)
-        if len(names) != 1:
-            raise AdapterError(f"one adapter is merged at a time, found {names}: merge one, then load the next.")
-        for other in [name for name in adapters_of(_module(self)) if name != names[0]]:
-            detach(_module(self), other)
-        merge(_module(self), names[0])
+        selection = names[0] if len(names) == 1 else Stack(*names)
+        state, attached = state_of(_module(self)), adapters_of(_module(self))
+        kept = set(names_in(expanded(selection, state.named if state is not None else {})))
+        if kept <= attached.keys():  # or merge says which is missing, and nothing was detached
+            for other in [name for name in attached if name not in kept]:
+                detach(_module(self), other)
+        merge(_module(self), selection)
         return self
 
     def unload(self) -> Any:

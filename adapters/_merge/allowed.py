@@ -1,41 +1,106 @@
-"""What may be merged: one adapter, whose method changes weights, none of them shared with what must stay as it is."""
+"""What may be merged: adapters whose methods change weights, none of them shared with what must stay as it is."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from adapters._attach import Adapter, adapters_of, bare_copy
+from adapters._attach import Adapter, Tokens, adapters_of, bare_copy, state_of, tensors_of
+from adapters._attach.weights import by_site
 from adapters._contract import WeightSite
 from adapters._errors import AdapterError
 from adapters._quantize import check_format
+from adapters._selection import Average, Part, Selection, Stack, expanded, names_in
 
 
-def mergeable(model: nn.Module, name: str) -> Adapter:
-    """The adapter of that name.
+@dataclass(frozen=True)
+class Merging:
+    """Attached adapters as one change of the base.
+
+    Args:
+        selection: the name of one, or a Stack or Average of several.
+        adapters: those that it names.
+        tensors: of each by site.
+    """
+
+    selection: Part
+    adapters: Mapping[str, Adapter]
+    tensors: Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+
+    @property
+    def name(self) -> str:
+        return self.selection if isinstance(self.selection, str) else repr(self.selection)
+
+    @property
+    def sites(self) -> tuple[WeightSite, ...]:
+        """Every weight that one of them changes, once."""
+        found = {site.path: site for each in self.adapters.values() for site in each.sites}
+        return tuple(site for site in found.values() if isinstance(site, WeightSite))
+
+    @property
+    def bearer(self) -> Adapter:
+        """The one with a head or tokens, or any."""
+        one = next(iter(self.adapters.values()))
+        return next((each for each in self.adapters.values() if each.head), one)
+
+    @property
+    def tokens(self) -> Tokens | None:
+        return self.bearer.tokens
+
+
+def mergeable(model: nn.Module, chosen: Selection) -> Merging:
+    """What the name or selection means.
 
     Raises:
-        AdapterError: it is not attached, is not alone, changes no weights, or changes one that is tied to another.
+        AdapterError: it is not attached, others are attached too, it changes no weights or by token, or it changes a
+            weight that is tied to another.
     """
-    attached = adapters_of(model)
-    if name not in attached:
-        raise AdapterError(f"no adapter {name!r} is attached; attached: {', '.join(attached) or 'none'}.")
-    if len(attached) > 1:
-        others = ", ".join(other for other in attached if other != name)
-        raise AdapterError(f"merging {name!r} would change the base of {others}: detach them first.")
-    adapter = attached[name]
-    if not adapter.method.mergeable:
-        raise AdapterError(
-            f"{adapter.method.name} does not change weights, so it cannot be merged into them: keep it attached."
-        )
-    changed = {site.path: (site.path, *site.aliases) for site in adapter.sites if isinstance(site, WeightSite)}
-    for head in adapter.head:
+    attached, state = adapters_of(model), state_of(model)
+    if chosen is None or isinstance(chosen, list | tuple):
+        raise AdapterError(f"{chosen!r} cannot be merged: name an adapter, or a Stack or Average of adapters.")
+    selection = expanded(chosen, state.named if state is not None else {})
+    names = list(dict.fromkeys(names_in(selection)))
+    for name in names:
+        if name not in attached:
+            raise AdapterError(f"no adapter {name!r} is attached; attached: {', '.join(attached) or 'none'}.")
+    others = [name for name in attached if name not in names]
+    if others:
+        raise AdapterError(f"merging {chosen!r} would change the base of {', '.join(others)}: detach them first.")
+    found = {name: attached[name] for name in names}
+    _check_parts(selection, found)
+    changed = {
+        site.path: (site.path, *site.aliases)
+        for adapter in found.values()
+        for site in adapter.sites
+        if isinstance(site, WeightSite)
+    }
+    for head in (head for adapter in found.values() for head in adapter.head):
         paths = [f"{head}.{key}" for key, _ in bare_copy(model.get_submodule(head)).named_parameters()]
         changed |= {path: (path,) for path in paths}
     check_untied(model, changed)
-    return adapter
+    return Merging(selection, found, {name: by_site(tensors_of(model, name)) for name in names})
+
+
+def _check_parts(selection: Part, found: Mapping[str, Adapter]) -> None:
+    for adapter in found.values():
+        if not adapter.method.mergeable:
+            raise AdapterError(
+                f"{adapter.method.name} does not change weights, so it cannot be merged into them: keep it attached."
+            )
+    if not _by_weights(selection):
+        raise AdapterError(f"{selection!r} is no change of weights: a name, Stacks and Averages of names are.")
+    several = [adapter.name for adapter in found.values() if adapter.head or adapter.tokens is not None]
+    if len(found) > 1 and (len(several) > 1 or any(found[name].tokens is not None for name in several)):
+        raise AdapterError(f"{', '.join(several)} of {selection!r} bring heads or tokens: merge one after the other.")
+
+
+def _by_weights(selection: Part) -> bool:
+    if selection is None or isinstance(selection, str):
+        return True
+    return isinstance(selection, Stack | Average) and all(map(_by_weights, selection.parts))
 
 
 def check_untied(model: nn.Module, changed: Mapping[str, Collection[str]]) -> None:

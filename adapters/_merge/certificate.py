@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from adapters._errors import AdapterError
 
 # Relative error of the outputs above which a merge is refused. Rounding alone makes some of it: on the 30 layers of
 # SmolLM2-135M in bfloat16 two equal computations differ by 1.5e-2, a merged adapter that moves the outputs by 4 % by
@@ -24,8 +27,39 @@ class SiteError:
 
 
 @dataclass(frozen=True)
+class PromptError:
+    """A real prompt answered by the adapted and by the merged model, greedily.
+
+    Args:
+        error: |merged - adapted| / |adapted| of the logits on the prompt and the adapted model's answer.
+        tokens: of that answer; `agreed` of them, from the first, are the merged model's too.
+        margin: between the two likeliest tokens where the answers part, in the adapted model's logits; None: nowhere.
+    """
+
+    prompt: str
+    adapted: str
+    merged: str
+    error: float
+    tokens: int
+    agreed: int
+    margin: float | None = None
+
+    def __str__(self) -> str:
+        said = f"{self.prompt!r}: logits differ by {self.error:.1e}"
+        if self.margin is None:
+            return f"{said}, the same {self.tokens} tokens"
+        return (
+            f"{said}, {self.agreed} of {self.tokens} tokens alike, then a choice between two that are "
+            f"{self.margin:.2g} apart"
+        )
+
+
+@dataclass(frozen=True)
 class Certificate:
-    """`error` = |merged - adapted| / |adapted| of the output that differs most; `effect`: |adapted - base| likewise."""
+    """`error` = |merged - adapted| / |adapted| of the output that differs most; `effect`: |adapted - base| likewise.
+
+    `prompts`: what both models answer to real prompts.
+    """
 
     name: str
     path: str  # how: "in place in float32", "dequantised from nf4 to bfloat16, then merged", ...
@@ -34,6 +68,7 @@ class Certificate:
     tolerance: float
     sites: tuple[SiteError, ...]
     notes: tuple[str, ...] = ()
+    prompts: tuple[PromptError, ...] = ()
 
     @property
     def worst(self) -> SiteError:
@@ -49,15 +84,19 @@ class Certificate:
             f"  worst weight: {worst.path}, predicted {worst.predicted:.1e}"
             + (f", seen {worst.seen:.1e}" if worst.seen is not None else ""),
         ]
+        lines += [f"  prompt {prompt}" for prompt in self.prompts]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
-def too_far(name: str, error: float, limit: float) -> str:
-    """The sentence of a merge that is refused."""
-    return (
-        f"merging {name!r} changes the outputs by {error:.1e}, more than the tolerance of {limit:.0e}: keep it "
-        "unmerged, merge into a base of higher precision, or pass tolerance=."
-    )
+def require_near(name: str, error: float, prompts: Sequence[PromptError], limit: float) -> None:
+    """Refuses a merge that changes outputs, or the logits of a prompt, by more than the limit; NaN is more."""
+    places = [("the outputs", error), *((f"the logits of {each.prompt!r}", each.error) for each in prompts)]
+    for where, found in places:
+        if not found <= limit:
+            raise AdapterError(
+                f"merging {name!r} changes {where} by {found:.1e}, more than the tolerance of {limit:.0e}: keep it "
+                "unmerged, merge into a base of higher precision, or pass tolerance=."
+            )
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

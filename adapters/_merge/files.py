@@ -8,11 +8,12 @@ broken off goes on.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,15 +22,16 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapters._attach import Adapter, base_parameters, tensors_of
+from adapters._attach import base_parameters, put_labels, tensors_of
 from adapters._attach.swap import base_class
-from adapters._attach.weights import by_site
 from adapters._errors import AdapterError
-from adapters._merge.allowed import mergeable
-from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative, too_far
-from adapters._merge.exact import merged_bias, merged_weight
-from adapters._merge.measure import Adapted, adapted, apart, model_outputs, outputs_at, probe_inputs
+from adapters._merge.allowed import Merging, mergeable
+from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative, require_near
+from adapters._merge.exact import Merged, merge_rows, merged_bias, merged_weight
+from adapters._merge.measure import Adapted, adapted, apart, model_outputs, outputs_at
+from adapters._merge.prompts import compared
 from adapters._plan.sizes import bytes_in
+from adapters._selection import Part
 from adapters._whole import require_new, settle, write_whole
 
 PROGRESS, INDEX = "merging.json", "model.safetensors.index.json"
@@ -44,48 +46,47 @@ class _Shard:
 
 def merge_files(
     model: nn.Module,
-    name: str,
+    name: Part,
     output: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
     shard: str | int = "256MB",
     example: Mapping[str, Any] | None = None,
+    prompts: Sequence[str] = (),
     tolerance: float | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Certificate:
-    """Writes `model` with its adapter `name` merged as a plain model of several files; the model stays as it is.
+    """Writes `model` with an adapter, or several, merged as a plain model of several files; the model stays as it is.
 
     A merge that is broken off goes on where it was when it is asked for again.
 
     Args:
         model: a dense base as `load_base` loads it, with the adapter attached.
-        name: an adapter that changes weights; no other may be attached, and it brings no head and no tokens.
+        name: as `merge` takes it.
         output: folder of the merged model; it must not exist, or be empty.
-        tokenizer: is saved along.
+        tokenizer: is saved along, and needed for prompts.
         shard: bytes of a file at most; a larger tensor has one of its own. About twice as much memory is needed, and
             four bytes, three times, for each element of the largest merged weight.
         example: keyword arguments of one forward on which the merged is compared with the adapted model.
-        tolerance: as `merge` takes it.
+        prompts, tolerance: as `merge` takes them.
         tell: is called with a sentence for each step.
 
     Raises:
         AdapterError: the adapter cannot be merged, the merged model does not load again, or its outputs differ by more
             than the tolerance; nothing is left behind then.
     """
-    adapter = mergeable(model, name)
-    if adapter.head or adapter.tokens is not None:
-        raise AdapterError(f"{name!r} brings a head or tokens: merge it in memory, with adapters.merge.")
-    target = Path(output)
+    merging, target = mergeable(model, name), Path(output)
     require_new(target)
-    before = adapted(model, adapter, dict(example) if example is not None else probe_inputs(model, adapter))
+    before = adapted(model, merging, example, prompts, tokenizer)
     held = {path: p.detach() for path, p in base_parameters(model).items()}
     held |= {path: b for path, b in model.named_buffers() if _persists(model, path)}
     shards = _planned(held, bytes_in(shard))
     work = target.parent / f".{target.name}.merging"
     try:
-        predicted = _written(model, adapter, held, shards, work, tell)
+        predicted = _written(model, merging, held, shards, work, tell)
         tell("comparing the merged model with the adapted one")
-        certificate = _compared(model, adapter, before, work, shards, predicted, tolerance, tokenizer)
+        _complete(model, merging, work, shards, tokenizer)
+        certificate = _compared(model, merging, before, work, predicted, tolerance, tokenizer)
     except AdapterError:
         if work.exists():
             shutil.rmtree(work)
@@ -120,14 +121,14 @@ def _planned(held: Mapping[str, Tensor], most: int) -> list[_Shard]:
 
 def _written(
     model: nn.Module,
-    adapter: Adapter,
+    merging: Merging,
     held: Mapping[str, Tensor],
     shards: list[_Shard],
     work: Path,
     tell: Callable[[str], None],
 ) -> dict[str, float]:
     """Writes the shards that are not there yet; the rounding error of each merged weight."""
-    plan = _identity(model, adapter, shards)
+    plan = _identity(model, merging, shards)
     done: dict[str, dict[str, float]] = {}
     with suppress(OSError, ValueError, KeyError):
         known = json.loads((work / PROGRESS).read_text())
@@ -139,71 +140,93 @@ def _written(
         if shard.file in done and (work / shard.file).is_file():
             continue
         tell(f"file {number} of {len(shards)}")
-        done[shard.file] = _write(model, adapter, held, shard, work)
+        done[shard.file] = _write(model, merging, held, shard, work)
         write_whole(work / PROGRESS, json.dumps({"plan": plan, "done": done}).encode())
     return {path: error for each in done.values() for path, error in each.items()}
 
 
 def _write(
-    model: nn.Module, adapter: Adapter, held: Mapping[str, Tensor], shard: _Shard, work: Path
+    model: nn.Module, merging: Merging, held: Mapping[str, Tensor], shard: _Shard, work: Path
 ) -> dict[str, float]:
     """Writes one file; what it holds is let go before the next is made."""
-    new, predicted = _merged(model, adapter, held, shard)
+    new, predicted = _merged(model, merging, held, shard)
     save_file({name: tensor.contiguous() for name, tensor in new.items()}, work / ".next", {"format": "pt"})
     settle(work / ".next", work / shard.file)
     return predicted
 
 
-def _identity(model: nn.Module, adapter: Adapter, shards: list[_Shard]) -> str:
-    """What base, adapter and plan are, so that no merge goes on with another's files."""
+def _identity(model: nn.Module, merging: Merging, shards: list[_Shard]) -> str:
+    """What base, adapters and plan are, so that no merge goes on with another's files."""
     from adapters._store.fingerprints import fingerprint
 
     digest = hashlib.sha256(json.dumps(fingerprint(model), sort_keys=True, default=str).encode())
-    digest.update(repr((adapter.method, shards)).encode())
-    for key, tensor in sorted(tensors_of(model, adapter.name).items()):
-        digest.update(key.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    digest.update(repr((merging.selection, shards)).encode())
+    for name, adapter in sorted(merging.adapters.items()):
+        digest.update(repr((name, adapter.method, adapter.tokens)).encode())
+        for key, tensor in sorted(tensors_of(model, name).items()):
+            digest.update(key.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _merged(
-    model: nn.Module, adapter: Adapter, held: Mapping[str, Tensor], shard: _Shard
+    model: nn.Module, merging: Merging, held: Mapping[str, Tensor], shard: _Shard
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The tensors of one file, those that the adapter changes merged, and their rounding errors."""
-    tensors = by_site(tensors_of(model, adapter.name))
-    wanted, predicted = set(shard.names), {}
+    """The tensors of one file, those that the adapters change merged, and their rounding errors."""
+    wanted, found = set(shard.names), Merged()
     owners = {name.rpartition(".")[0] for name in shard.names}
-    new = {name: held[name] for name in shard.names}
-    for site in adapter.sites:
-        path: str = site.path
+    for site in merging.sites:
+        path = site.path
         if path in wanted:
-            new[path], predicted[path] = merged_weight(model, adapter, site, tensors[path], held[path].dtype)  # type: ignore[arg-type]
-        biases = merged_bias(model, adapter, site, tensors[path]) if site.owner in owners else {}  # type: ignore[arg-type, union-attr]
-        new.update({bias: value for bias, value in biases.items() if bias in wanted})
-    return new, predicted
+            found.new[path], found.predicted[path] = merged_weight(model, merging, site, held[path].dtype)
+        biases = merged_bias(model, merging, site) if site.owner in owners else {}
+        found.new.update({bias: value for bias, value in biases.items() if bias in wanted})
+    for table in merging.tokens.tables if merging.tokens is not None else ():
+        if table in wanted:
+            merge_rows(model, merging, table, found)
+    for path, tensor in _heads(model, merging).items():
+        if path in wanted:
+            found.new[path] = tensor.to(held[path].dtype)
+    return {name: found.new.get(name, held[name]) for name in shard.names}, found.predicted
+
+
+def _heads(model: nn.Module, merging: Merging) -> dict[str, Tensor]:
+    """The parameters of trained heads by the base's names for them."""
+    found = {}
+    for key, tensor in tensors_of(model, merging.bearer.name).items():
+        path, _, name = key.rpartition(":head.")
+        if path in merging.bearer.head:
+            found[f"{path}.{name}"] = tensor.detach()
+    return found
+
+
+def _complete(model: Any, merging: Merging, work: Path, shards: list[_Shard], tokenizer: Any) -> None:
+    """What a folder of weights needs to be a model."""
+    where = {name: shard.file for shard in shards for name in shard.names}
+    total = sum((work / shard.file).stat().st_size for shard in shards)
+    (work / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
+    config = copy.deepcopy(model.config)
+    if merging.bearer.labels:
+        put_labels(config, merging.bearer.labels)
+    config.save_pretrained(work)
+    for part in (getattr(model, "generation_config", None), tokenizer):
+        if part is not None:
+            part.save_pretrained(work)
 
 
 def _compared(
     model: Any,
-    adapter: Adapter,
+    merging: Merging,
     before: Adapted,
     work: Path,
-    shards: list[_Shard],
     predicted: Mapping[str, float],
     tolerance: float | None,
     tokenizer: Any,
 ) -> Certificate:
-    """Completes the folder, loads it as anybody would, and compares.
+    """Loads the folder as anybody would, and compares.
 
     Raises:
         AdapterError: it lacks something, or its outputs differ by more than the tolerance.
     """
-    where = {name: shard.file for shard in shards for name in shard.names}
-    total = sum((work / shard.file).stat().st_size for shard in shards)
-    (work / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
-    model.config.save_pretrained(work)
-    for part in (getattr(model, "generation_config", None), tokenizer):
-        if part is not None:
-            part.save_pretrained(work)
     cls = base_class(model)
     merged, report = cls.from_pretrained(work, dtype="auto", output_loading_info=True)
     lacking = sorted({*report["missing_keys"], *report["unexpected_keys"], *map(str, report["mismatched_keys"])})
@@ -217,11 +240,13 @@ def _compared(
     after = outputs_at(merged, before.at_sites)
     dtype = next(p.dtype for path, p in base_parameters(model).items() if path in predicted)
     limit = tolerance if tolerance is not None else TOLERANCE.get(dtype, 5e-2)
-    if not error <= limit:  # also refuses NaN
-        raise AdapterError(too_far(adapter.name, error, limit))
+    answered = compared(merged, tokenizer, before.said)
+    require_near(merging.name, error, answered, limit)
     sites = tuple(
         SiteError(path, rounding, relative(after[path], before.outputs[path]) if path in after else None)
         for path, rounding in predicted.items()
     )
-    how = f"into {len(shards)} files in {str(dtype).removeprefix('torch.')}"
-    return Certificate(adapter.name, how, error, before.effect, limit, sites)
+    count = len(list(work.glob("model-*.safetensors")))
+    how = f"into {count} files in {str(dtype).removeprefix('torch.')}"
+    notes = (f"wrote {merging.tokens}",) if merging.tokens is not None else ()
+    return Certificate(merging.name, how, error, before.effect, limit, sites, notes, answered)

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapters._attach import Adapter, detach, set_labels, tensors_of, unwrapped, using
+from adapters._attach import detach, set_labels, tensors_of, unwrapped, using
 from adapters._attach.swap import base_class
-from adapters._errors import AdapterError
 from adapters._fourbit import quantized_modules, quantized_stacks, replace_module
-from adapters._merge.allowed import check_requantize, check_untied, mergeable
-from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative, too_far
+from adapters._merge.allowed import Merging, check_requantize, check_untied, mergeable
+from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative, require_near
 from adapters._merge.exact import dense_dtype, merged_parameters
-from adapters._merge.measure import adapted, apart, model_outputs, outputs_at, probe_inputs
+from adapters._merge.measure import adapted, apart, model_outputs, outputs_at
+from adapters._merge.prompts import compared
 from adapters._quantize import dense_module, quantize, restore_stacks, settle_stacks
+from adapters._selection import Part
 
 
 def merge(
     model: nn.Module,
-    name: str,
+    name: Part,
     *,
     example: Mapping[str, Any] | None = None,
+    prompts: Sequence[str] = (),
+    tokenizer: Any = None,
     tolerance: float | None = None,
     requantize: str | None = None,
 ) -> Certificate:
-    """Folds the adapter `name` into the base and detaches it; the model is then a plain one that behaves the same.
+    """Folds an adapter, or several, into the base and detaches them; the model is then a plain one that behaves so.
 
     A base in 4 bits is dequantised first, every layer of it, and becomes a model in its compute dtype.
 
     Args:
-        name: an attached adapter of a method that changes weights; no other may be attached.
+        name: an attached adapter of a method that changes weights, or a `Stack` or `Average` of such, or the name of
+            one; no other may be attached.
         example: keyword arguments of one forward on which the merged is compared with the adapted model; without it
             the probe's.
+        prompts: texts that both models continue, with the `tokenizer`; their logits are compared as the outputs are,
+            and the certificate holds both answers.
         tolerance: the relative error of the outputs above which the merge is refused; by the dtype when None.
         requantize: "nf4" puts a merged 4-bit base back into 4 bits, which loses most of the adapter's effect; the
             certificate then says how much, whatever the tolerance.
@@ -44,41 +50,43 @@ def merge(
             is then as it was.
     """
     model = unwrapped(model)
-    adapter = mergeable(model, name)
+    merging = mergeable(model, name)
     quantised = dict(quantized_modules(model))
     stacks = [path for path, _, _ in quantized_stacks(model)]
     check_requantize(requantize, {*quantised, *stacks})
-    before = adapted(model, adapter, dict(example) if example is not None else probe_inputs(model, adapter))
-    merged = merged_parameters(model, adapter)
+    before = adapted(model, merging, example, prompts, tokenizer)
+    merged = merged_parameters(model, merging)
     check_untied(model, {bias: (bias,) for bias in merged.new.keys() - merged.predicted.keys()})
     dtype, computed = next(iter(merged.new.values())).dtype, _computed_in(quantised)
     coarsest = max((dtype, computed), key=lambda each: torch.finfo(each).eps) if quantised else dtype
     limit = tolerance if tolerance is not None else TOLERANCE.get(coarsest, 5e-2)
-    undo = _apply(model, adapter, merged.new, quantised)
+    undo = _apply(model, merging, merged.new, quantised)
     try:
         with using(model, None):
             error = apart(model_outputs(model, before.inputs), before.output)
             after = outputs_at(model, before.at_sites)
-        if not error <= limit:  # also refuses NaN
-            raise AdapterError(too_far(name, error, limit))
+            answered = compared(model, tokenizer, before.said)
+        require_near(merging.name, error, answered, limit)
     except BaseException:
         undo()
         raise
-    detach(model, name)
+    detach(model)
     settle_stacks(model)
-    if adapter.labels:
-        set_labels(model, adapter.labels)  # the head that they belong to is the model's own now
-    notes = [f"wrote {adapter.tokens}"] if adapter.tokens is not None else []
+    if merging.bearer.labels:
+        set_labels(model, merging.bearer.labels)  # the head that they belong to is the model's own now
+    notes = [f"wrote {merging.tokens}"] if merging.tokens is not None else []
     if requantize is not None:
         quantize(model, requantize, only={*quantised, *stacks}, compute_dtype=computed)
         error = apart(model_outputs(model, before.inputs), before.output)
+        answered = compared(model, tokenizer, before.said)
         notes.append(f"put back into {requantize} as asked: that rounding is the error above")
     how = "dequantised from nf4 to {}, then merged" if quantised or stacks else "in place in {}"
     sites = tuple(
         SiteError(path, predicted, relative(after[path], before.outputs[path]) if path in after else None)
         for path, predicted in merged.predicted.items()
     )
-    return Certificate(name, how.format(_name(dtype)), error, before.effect, limit, sites, tuple(notes))
+    how = how.format(_name(dtype))
+    return Certificate(merging.name, how, error, before.effect, limit, sites, tuple(notes), answered)
 
 
 def _computed_in(quantised: Mapping[str, nn.Module]) -> torch.dtype:
@@ -88,12 +96,13 @@ def _computed_in(quantised: Mapping[str, nn.Module]) -> torch.dtype:
 
 
 def _apply(
-    model: nn.Module, adapter: Adapter, new: Mapping[str, Tensor], quantised: Mapping[str, nn.Module]
+    model: nn.Module, merging: Merging, new: Mapping[str, Tensor], quantised: Mapping[str, nn.Module]
 ) -> Callable[[], None]:
     """Puts the merged weights in place; returns what puts the old ones back."""
     old_modules, dtype = dict(quantised), dense_dtype(model)
     old_data: list[tuple[nn.Parameter, Tensor]] = []
-    trained = tensors_of(model, adapter.name) if adapter.head else {}
+    head = merging.bearer.head
+    trained = tensors_of(model, merging.bearer.name) if head else {}
 
     stacks = {path for path, _, _ in quantized_stacks(model)}
     undo_stacks: list[Callable[[], None]] = []
@@ -126,7 +135,7 @@ def _apply(
                 put(parameter, weight)
         for key, tensor in trained.items():
             path, _, name = key.rpartition(":head.")
-            if path in adapter.head:
+            if path in head:
                 parameter = model.get_submodule(path).get_parameter(name)
                 put(parameter, tensor.detach().to(parameter.dtype))
                 layers.append(model.get_submodule(path).get_submodule(name.rpartition(".")[0]))

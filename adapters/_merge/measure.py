@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from adapters._attach import Adapter, using
-from adapters._contract import WeightSite
+from adapters._attach import using
 from adapters._errors import AdapterError
 from adapters._evaluating import evaluating
+from adapters._merge.allowed import Merging
 from adapters._merge.certificate import relative
+from adapters._merge.prompts import Answer, answers
 from adapters._sites import example_inputs
 
 ROWS, TOKENS = 2, 32  # of a site's input that are kept for comparison
@@ -28,28 +29,41 @@ class Adapted:
     output: Mapping[str, Tensor]
     at_sites: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-    effect: float  # how far the adapter moves the outputs, relative to them
+    effect: float  # how far the adapters move the outputs, relative to them
+    said: tuple[Answer, ...] = ()  # to prompts
 
 
-def adapted(model: nn.Module, adapter: Adapter, inputs: Mapping[str, Any]) -> Adapted:
-    """Runs the model with the adapter and without."""
-    with using(model, adapter.name):
-        at_sites = inputs_at(model, adapter, inputs)
+def adapted(
+    model: nn.Module,
+    merging: Merging,
+    example: Mapping[str, Any] | None,
+    prompts: Sequence[str],
+    tokenizer: Any,
+) -> Adapted:
+    """Runs the model with the adapters and without.
+
+    Args:
+        example: None for the probe's inputs.
+    """
+    inputs = dict(example) if example is not None else probe_inputs(model, merging)
+    with using(model, merging.selection):
+        at_sites = inputs_at(model, merging, inputs)
         output, outputs = model_outputs(model, inputs), outputs_at(model, at_sites)
+        said = answers(model, tokenizer, prompts)
     with using(model, None):
         base = model_outputs(model, inputs)
     # a head with another number of outputs than the base's leaves nothing to compare, and is all effect
     comparable = all(base[key].shape == output[key].shape for key in output)
     effect = apart(base, output) if comparable else 1.0
-    return Adapted(inputs, output, at_sites, outputs, effect)
+    return Adapted(inputs, output, at_sites, outputs, effect, said)
 
 
-def probe_inputs(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
+def probe_inputs(model: nn.Module, merging: Merging) -> dict[str, Any]:
     """A tiny batch for any Hugging Face model, the one that finds sites, ending on the tokens whose rows train."""
     found = dict(example_inputs(model))
     ids = found.get("input_ids")
-    if adapter.tokens is not None and isinstance(ids, Tensor):
-        shown = torch.tensor(adapter.tokens.ids[: ids.numel() // 2], dtype=ids.dtype, device=ids.device)
+    if merging.tokens is not None and isinstance(ids, Tensor):
+        shown = torch.tensor(merging.tokens.ids[: ids.numel() // 2], dtype=ids.dtype, device=ids.device)
         kept = ids.flatten()[: ids.numel() - shown.numel()]
         found["input_ids"] = torch.cat([kept, shown]).view(ids.shape)
     return found
@@ -78,12 +92,12 @@ def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     return float("nan") if any(error != error for error in errors) else max(errors)
 
 
-def inputs_at(model: nn.Module, adapter: Adapter, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def inputs_at(model: nn.Module, merging: Merging, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """What reached each called site in one forward: (rows, tokens, n_in), cut to a few rows and tokens."""
     found: dict[str, Tensor] = {}
     handles = []
-    for site in adapter.sites:
-        if isinstance(site, WeightSite) and site.access == "call":
+    for site in merging.sites:
+        if site.access == "call":
 
             def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = site.path) -> None:
                 x = args[0] if args else next(iter(kwargs.values()))

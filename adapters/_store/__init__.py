@@ -1,7 +1,7 @@
 """Adapter folders: written in one step, read strictly, tied to their base by a fingerprint."""
 
 from adapters._attach import swap as _classes
-from adapters._interop.programs import CheckReport, Finding
+from adapters._interop.findings import CheckReport, Finding
 from adapters._store.bundle import Bundle
 from adapters._store.checking import check_for
 from adapters._store.composed import load, save

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from adapters._errors import AdapterError, nearest
-from adapters._interop.programs import PROGRAMS, CheckReport, Finding, Held
+from adapters._interop.findings import CheckReport, Finding, Held
+from adapters._interop.programs import PROGRAMS
 from adapters._store import commit
 from adapters._store.inspecting import inspect
 from adapters._store.parts import record_in
@@ -25,7 +26,7 @@ def check_for(folder: str | os.PathLike[str], program: str) -> CheckReport:
 
     Args:
         folder: a saved adapter, ours or PEFT's.
-        program: "peft", "vllm", "llama.cpp" or "mistralrs".
+        program: "peft", "vllm", "llama.cpp", "mistralrs" or "mlx".
 
     Raises:
         AdapterError: no such program, or no adapter in the folder.

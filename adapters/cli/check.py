@@ -13,7 +13,7 @@ from adapters.cli.refusal import Json, print_json, refusing
 @refusing
 def check_adapter(
     adapter: Annotated[str, typer.Argument(help="A saved adapter: a folder or a Hub id.")],
-    program: Annotated[str, typer.Option("--for", help="peft, vllm, llama.cpp or mistralrs.")],
+    program: Annotated[str, typer.Option("--for", help="peft, vllm, llama.cpp, mistralrs or mlx.")],
     as_json: Json = False,
 ) -> None:
     """Say what a program will accept of an adapter, refuse or leave out, and what to change; no base is needed.

@@ -64,6 +64,7 @@ def export_adapter(
 def _written(to: Form, model: Any, tokenizer: Any, output: Path, base_gguf: Path | None, dtype: str) -> Any:
     """The library's report."""
     import adapters
+    from adapters._merge.prompts import usual
     from adapters.cli.merge import write_model
 
     match to:
@@ -73,7 +74,7 @@ def _written(to: Form, model: Any, tokenizer: Any, output: Path, base_gguf: Path
             return adapters.export_gguf(model, "default", output, base_gguf)
         case Form.MLX:
             return adapters.export_mlx(model, "default", output)
-    certificate = adapters.merge(model, "default")
+    certificate = adapters.merge(model, "default", prompts=usual(model, tokenizer), tokenizer=tokenizer)
     if to is Form.MERGED:
         write_model(model, tokenizer, asdict(certificate), output)
         return certificate

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from adapters._errors import AdapterError
 from adapters._whole import require_new
 from adapters.cli.refusal import Json, Quantize, print_json, refusing
 
@@ -28,6 +30,10 @@ def merge_adapter(
             "base larger than memory. A merge that was broken off goes on."
         ),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file of prompts, one a line, which both models continue; a few usual ones without it."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base, verify the result, and write a plain model with the certificate beside it.
@@ -36,23 +42,37 @@ def merge_adapter(
     """
     import adapters
     from adapters._hub.quiet import quiet
+    from adapters._merge.prompts import usual
     from adapters.cli.loading import load_adapted
 
     require_new(output)
     with quiet():
         loaded, tokenizer = load_adapted(model, adapter, quantize)
+        asked = _prompts(prompts) or usual(loaded, tokenizer)
         if shards is None:
-            certificate = adapters.merge(loaded, "default")
+            certificate = adapters.merge(loaded, "default", prompts=asked, tokenizer=tokenizer)
             write_model(loaded, tokenizer, asdict(certificate), output)
         else:
-            certificate = _by_shards(loaded, tokenizer, output, shards)
+            certificate = _by_shards(loaded, tokenizer, output, shards, asked)
     if as_json:
         print_json({"output": str(output), "certificate": asdict(certificate)})
     else:
         typer.echo(f"{certificate}\nwritten to {output}")
 
 
-def _by_shards(model: Any, tokenizer: Any, output: Path, shard: str) -> Any:
+def _prompts(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        found = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{file} cannot be read as prompts: {error}.") from error
+    if not found:
+        raise AdapterError(f"{file} holds no prompt: write one a line.")
+    return found
+
+
+def _by_shards(model: Any, tokenizer: Any, output: Path, shard: str, prompts: Sequence[str]) -> Any:
     from rich.console import Console
 
     import adapters
@@ -64,6 +84,7 @@ def _by_shards(model: Any, tokenizer: Any, output: Path, shard: str) -> Any:
             output,
             tokenizer=tokenizer,
             shard=shard,
+            prompts=prompts,
             tell=lambda text: status.update(f"merging: {text}"),
         )
 
