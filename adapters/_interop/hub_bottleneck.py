@@ -32,7 +32,7 @@ from adapters.methods.bottleneck import Activation, Bottleneck
 
 ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu", "swish": "silu", "silu": "silu", "tanh": "tanh"}
 RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # what files without a version mean
-# at no moment of a finished adapter's forward; the last two only where the other norms are as below
+# read below, or without effect on a finished adapter; the last two have one only beside options that are refused
 NEUTRAL = {
     "architecture", "cross_adapter", "dropout", "factorized_phm_W", "factorized_phm_rule", "hypercomplex_nonlinearity",
     "init_weights", "init_weights_seed", "inv_adapter", "inv_adapter_reduction_factor", "invertible_adapter",
@@ -57,7 +57,7 @@ def read_bottleneck(own: Mapping[str, Any], files: HubFiles, model: nn.Module) -
     refuse_options(own, NEUTRAL, KNOWN)
     _refuse_others(own, files)
     owners = by_owner(files, "adapters", model)
-    places = Places(model, discover(model, None), files.interface)
+    places = Places(discover(model, None), files.interface)
     require_layers(owners, places.trace.sites.streams, own.get("leave_out"))
     sites = {owner: places.at(owner) for owner in owners}
     _require_branches(own, sites, places.trace.sites.streams)
@@ -83,8 +83,8 @@ def _refuse_others(own: Mapping[str, Any], files: HubFiles) -> None:
         raise AdapterError("the adapter has invertible layers at the embeddings (inv_adapter), and no method here has.")
     if flag(own, "original_ln_before", False):
         raise AdapterError(
-            f"{CONFIG} sets original_ln_before: the layers read the sum of branch and residual stream after its norm, "
-            "and those here the branch alone, which is another function of the same tensors."
+            f"{CONFIG} sets original_ln_before: the layers read the sum of branch and residual stream, or "
+            "its norm, and those here the branch alone, which is another function of the same tensors."
         )
     if own.get("residual_before_ln", True) not in (True, False):
         raise AdapterError(f"{CONFIG} sets residual_before_ln to {str(own['residual_before_ln'])[:60]!r}.")
@@ -166,7 +166,7 @@ def _activation(name: str, version: Any) -> Activation:
 
 def _notes(own: Mapping[str, Any], inner: Mapping[str, int]) -> tuple[str, ...]:
     trained = [name for name in ("dropout", "stochastic_depth") if own.get(name)]
-    notes = [f"AdapterHub trained it with {name} {own[name]}, which a bottleneck here has not." for name in trained]
+    notes = [f"AdapterHub trained it with {name} {str(own[name])[:20]}, which a bottleneck here has not." for name in trained]
     if own.get("scaling") in LEARNED:
         notes.append("its learned scaling is part of the up projection now.")
     if len(set(inner.values())) > 1:
