@@ -165,8 +165,8 @@ def _activation(name: str, version: Any) -> Activation:
 
 
 def _notes(own: Mapping[str, Any], inner: Mapping[str, int]) -> tuple[str, ...]:
-    trained = [name for name in ("dropout", "stochastic_depth") if own.get(name)]
-    notes = [f"AdapterHub trained it with {name} {str(own[name])[:20]}, which a bottleneck here has not." for name in trained]
+    trained = {name: str(own[name])[:20] for name in ("dropout", "stochastic_depth") if own.get(name)}
+    notes = [f"AdapterHub trained it with {name} {p}, which a bottleneck here has not." for name, p in trained.items()]
     if own.get("scaling") in LEARNED:
         notes.append("its learned scaling is part of the up projection now.")
     if len(set(inner.values())) > 1:
