@@ -200,6 +200,32 @@ def test_bottlenecks_equal_their_formula(name: str, case: str, tmp_path: Path) -
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("case", ["houlsby", "parallel"])
+def test_rows_of_a_batch_and_recomputed_layers_read_the_same_stream(name: str, case: str, tmp_path: Path) -> None:
+    """What is read from another module than the branch's is there in mixed batches and under checkpointing too."""
+    own, model = CASES[case], tiny.build(name)
+    folder = write(tmp_path, options(**own), keys(name, layers(own, name, model)), model)
+    adapters.load(model, folder, name="a", trainable=True)
+    alone = logits(model)
+    adapters.load(model, folder, name="b", activate=False)
+    with adapters.using(model, ["a", None, "b"]):
+        mixed = logits(model)
+    same(mixed[[0, 2]], alone[[0, 2]])
+    same(mixed[1], logits(tiny.build(name))[1])
+    adapters.detach(model, "b")
+    found = []
+    for recomputed in (False, True):
+        if recomputed:
+            model.gradient_checkpointing_enable()
+        model.train().zero_grad()
+        model(**tiny.inputs(model)).logits.square().mean().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for kept, again in zip(*found, strict=True):
+        assert kept.norm() > 0
+        same(again, kept)
+
+
 def lora_tensors(
     name: str, own: dict[str, Any], shape: Any = draw
 ) -> Iterator[tuple[str, str, list[int], Tensor, Tensor]]:
