@@ -28,7 +28,7 @@ def resize(model: nn.Module, paths: Sequence[str], size: int, pieces: Sequence[S
     starts = {path: _starts(_table(model, path).detach(), size, pieces) for path in paths}
     bias = _bias(model)
     shift = _starts(bias.detach()[:, None], size, pieces).squeeze(1) if bias is not None else None
-    tied, undo = [owners(model, path) for path in paths], _remembered(model)
+    tied, undo = [owners(model, path) for path in paths], remembered(model)
     devices = {_table(model, path).device for path in paths}
     try:
         # its own start of the new rows is random; they are overwritten, and nobody's random numbers move
@@ -78,7 +78,7 @@ def _sum(rows: Tensor) -> Tensor:
     return torch.stack([part.to(torch.bfloat16).double().sum(0) for part in parts]).sum(0)
 
 
-def _remembered(model: nn.Module) -> Callable[[], None]:
+def remembered(model: nn.Module) -> Callable[[], None]:
     """What puts every module, parameter and setting back as it is now."""
     modules = [
         (module, dict(module.__dict__), dict(module._modules), dict(module._parameters)) for module in model.modules()

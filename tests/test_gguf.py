@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chat
 import gguf
 import numpy as np
 import pytest
@@ -33,6 +34,10 @@ LLAMA = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+FIELDS = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.scores", "llama.vocab_size")
 
 
 def permuted(w: Tensor, heads: int) -> Tensor:
@@ -221,6 +226,51 @@ def test_a_merged_model_takes_its_bases_form(kind: str, dtype: str, tmp_path: Pa
     for key in ("general.name", "tokenizer.ggml.tokens", "llama.rope.freq_base", "llama.context_length"):
         assert reader.get_field(key).contents() == before.get_field(key).contents()
     assert reader.get_field("general.file_type").contents() == {"float32": 0, "float16": 1, "bfloat16": 32}[dtype]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_are_written_with_the_model_and_its_tokenizer(tied: bool, tmp_path: Path) -> None:
+    """GPT-2's way of splitting and SentencePiece's scores are the base's; what was added follows its own tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {key: getattr(tiny.build("llama").config, key) for key in SIZES}
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, "vocab_size": 264, "tie_word_embeddings": tied}))
+    writer, base = gguf.GGUFWriter(tmp_path / "base.gguf", "llama"), tmp_path / "base.gguf"
+    writer.add_token_list([f"w{i}" for i in range(264)])
+    writer.add_token_scores([-float(i) for i in range(264)])
+    writer.add_token_types([1] * 264)
+    writer.add_vocab_size(264)
+    for name, w in expected(model).items():
+        if not (tied and name == "output.weight"):
+            writer.add_tensor(name, w.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokenizer = chat.letters(None)
+    adapters.add_tokens(model, tokenizer, ["<tool>", "<out>"])
+    adapters.add_tokens(model, tokenizer, ["plain"], special=False)
+    model.resize_token_embeddings(268, mean_resizing=False)  # a row that no token belongs to
+    with pytest.raises(adapters.AdapterError, match=r"the model has 268 tokens and base.gguf 264: pass tokenizer="):
+        adapters.export_model(model, tmp_path / "merged.gguf", base, "float32")
+    report = adapters.export_model(model, tmp_path / "merged.gguf", base, "float32", tokenizer)
+    assert report.tokens == ("<tool>", "<out>", "plain", "[PAD267]")
+    assert "4 new tokens" in str(report)
+    reader, held = read(tmp_path / "merged.gguf")
+    field = {key: reader.get_field(key).contents() for key in FIELDS}
+    assert field["tokenizer.ggml.tokens"][262:] == ["w262", "w263", "<tool>", "<out>", "plain", "[PAD267]"]
+    kind = gguf.TokenType
+    assert field["tokenizer.ggml.token_type"][263:] == [1, kind.CONTROL, kind.CONTROL, kind.USER_DEFINED, kind.UNUSED]
+    assert field["tokenizer.ggml.scores"][262:] == [-262.0, -263.0, *[-1000.0] * 4]
+    assert field["llama.vocab_size"] == 268
+    assert torch.equal(held["token_embd.weight"], model.model.embed_tokens.weight.detach())
+    assert ("output.weight" in held) != tied
+    assert tied or torch.equal(held["output.weight"], model.lm_head.weight.detach())
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:264] = torch.randn(264, tiny.HIDDEN)
+    with pytest.raises(adapters.AdapterError, match="the file is of another base"):
+        adapters.export_model(model, tmp_path / "other.gguf", base, "float32", tokenizer)
 
 
 def test_norms_that_are_stored_as_one_more_are_recognised(tmp_path: Path) -> None:

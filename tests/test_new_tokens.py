@@ -465,6 +465,99 @@ def test_saved_is_loaded_on_a_base_that_grew_alike_and_refused_on_one_that_did_n
     assert torch.equal(output(swapped, marked()), output(model, marked()))
 
 
+# loading with a tokenizer: the base grows
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_with_a_tokenizer_the_base_grows_as_it_did_where_the_adapter_was_trained(tied: bool, tmp_path: Path) -> None:
+    model, there = trained(tied)
+    adapters.save(model, "fr", tmp_path)
+    fresh, here = llama(tied, 264), chat.letters(None)
+    report = adapters.load(fresh, tmp_path, tokenizer=here)
+    assert any("took '<tool>', '<out>', as special tokens" in note for note in report.notes)
+    assert sum("has 266 rows now" in note for note in report.notes) == 2 - tied
+    assert "agree" in report.base
+    assert here.get_vocab() == there.get_vocab()
+    assert (fresh.lm_head._parameters["weight"] is fresh.model.embed_tokens._parameters["weight"]) == tied
+    assert torch.equal(output(fresh, marked()), output(model, marked()))
+    with adapters.using(fresh, None), adapters.using(model, None):
+        assert torch.equal(output(fresh, marked()), output(model, marked()))
+    assert here("<tool>").input_ids[-1] == 264
+    again = adapters.load(fresh, tmp_path, name="again", tokenizer=here)  # all is there already
+    assert not any("took" in note or "rows now" in note for note in again.notes)
+
+
+def _other_base(model: Any, tokenizer: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.1)
+
+
+def _another_token(model: Any, tokenizer: Any) -> None:
+    tokenizer.add_tokens(["<before>"])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (_other_base, "another base|not the base|differ"),
+        (_another_token, "gives '<tool>' the number 265, and the adapter was trained with 264"),
+        (lambda model, tokenizer: adapters.attach(model, "lora", name="other"), "adapters are attached"),
+    ],
+)
+def test_what_is_refused_leaves_base_and_tokenizer_as_they_were(change: Any, sentence: str, tmp_path: Path) -> None:
+    adapters.save(trained()[0], "fr", tmp_path)
+    model, tokenizer = llama(vocabulary=264), chat.letters(None)
+    change(model, tokenizer)
+    before, vocabulary, config = snapshot(model), tokenizer.get_vocab(), model.config.to_dict()
+    with pytest.raises(AdapterError, match=sentence):
+        adapters.load(model, tmp_path, tokenizer=tokenizer)
+    assert_same(snapshot(model), before)
+    assert tokenizer.get_vocab() == vocabulary
+    assert model.config.to_dict() == config
+
+
+def test_a_composition_brings_the_tokens_of_its_parts(tmp_path: Path) -> None:
+    model, _ = trained()
+    adapters.attach(model, "lora", name="de", targets=["attention.value"])
+    shake(model, "de", seed=4)
+    adapters.compose(model, "both", adapters.Stack("fr", "de"))
+    adapters.activate(model, "both")
+    adapters.save(model, "both", tmp_path)
+    fresh, tokenizer = llama(vocabulary=264), chat.letters(None)
+    report = adapters.load(fresh, tmp_path, tokenizer=tokenizer)
+    assert any("took '<tool>'" in note for note in report.notes)
+    assert torch.equal(output(fresh, marked()), output(model, marked()))
+
+
+def test_tokens_without_texts_need_a_base_that_has_them(tmp_path: Path) -> None:
+    model, tokenizer = llama(vocabulary=264), chat.letters(None)
+    adapters.attach(model, "lora", name="fr", tokens=[7, 9])
+    adapters.save(model, "fr", tmp_path)
+    with pytest.raises(AdapterError, match="does not say what its tokens 7, 9 are"):
+        adapters.load(llama(vocabulary=264), tmp_path, tokenizer=tokenizer)
+    adapters.load(llama(vocabulary=264), tmp_path)
+
+
+def test_commands_bring_the_tokens_too(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from adapters.cli import app
+
+    llama(True, 264).save_pretrained(tmp_path / "base")
+    chat.letters(None, eos_token="</s>", pad_token="<s>").save_pretrained(tmp_path / "base")
+    base, tokenizer = adapters.load_base(str(tmp_path / "base"), dtype=torch.float32)
+    adapters.add_tokens(base, tokenizer, ["<tool>", "<out>"])
+    adapters.attach(base, "lora", name="fr", tokens=["<tool>", "<out>"], tokenizer=tokenizer)
+    shake(base, "fr")
+    adapters.save(base, "fr", tmp_path / "fr")
+    places = [str(tmp_path / name) for name in ("base", "fr", "merged")]
+    done = CliRunner().invoke(app, ["merge", *places[:2], "--output", places[2]])
+    assert done.exit_code == 0, done.output
+    merged = hf.AutoModelForCausalLM.from_pretrained(places[2], dtype=torch.float32).eval()
+    assert relative(output(merged, marked()), output(base, marked())) < 1e-5
+    assert hf.AutoTokenizer.from_pretrained(places[2])("<out>").input_ids[-1] == 265
+
+
 def test_rows_of_other_tokens_are_not_restored(tmp_path: Path) -> None:
     model, _ = trained()
     adapters.save(model, "fr", tmp_path)

@@ -130,6 +130,27 @@ def test_stock_peft_agrees(made: Made) -> None:
     assert (theirs - made.adapted).norm() <= 1e-5 * made.adapted.norm()
 
 
+def test_llama_cpp_agrees_on_tokens_that_are_new(made: Made, tmp_path: Path) -> None:
+    """Merged with an adapter that trains the row of a new token, which is asked for by its number."""
+    pytest.importorskip("xllamacpp")
+    model, tokenizer = adapters.load_base("smollm2-135m-instruct", dtype=torch.float32)
+    new = adapters.add_tokens(model, tokenizer, ["<|lookup|>"]).ids["<|lookup|>"]
+    plain = _logits(model, [[*made.prompts[0][:5], new]])[0, -1]
+    adapters.attach(model, "lora", name="fr", rank=4, tokens=["<|lookup|>"], tokenizer=tokenizer)
+    shake(model, "fr", noise=0.02)
+    adapters.merge(model, "fr")
+    report = adapters.export_model(model, tmp_path / "new.gguf", _published(), "float32", tokenizer)
+    assert report.tokens == ("<|lookup|>",)
+    prompts = [[*ids[:5], new, *ids[5:12]] for ids in made.prompts[:5]]
+    top = _logits(model, prompts)[:, 5:].topk(2, -1)
+    sure = top.values[..., 0] - top.values[..., 1] > MARGIN
+    assert sure.float().mean() >= 0.8  # 40 places after noise, not training
+    assert plain.argmax() != top.indices[0, 0, 0]
+    asked = [ids[: end + 1] for ids in prompts for end in range(5, len(ids))]
+    found = torch.tensor(other_program("llama", asked, tmp_path / "new.gguf")).view(len(prompts), -1)
+    assert torch.equal(found[sure], top.indices[..., 0][sure])
+
+
 @pytest.mark.parametrize("files", [("base.gguf", "lora.gguf"), ("merged.gguf",)], ids=["adapter", "merged"])
 def test_llama_cpp_agrees(made: Made, files: tuple[str, ...]) -> None:
     pytest.importorskip("xllamacpp")

@@ -115,7 +115,8 @@ def require_rows(model: nn.Module, tokens: Tokens) -> None:
         if table.dim() != 2 or table.shape[0] <= tokens.ids[-1]:
             raise AdapterError(
                 f"{path} has {table.shape[0]:,} rows, and the adapter trains those of {tokens.named()}: "
-                f"first call adapters.add_tokens(model, tokenizer, {_listed(tokens, table.shape[0])})."
+                f"pass tokenizer= to adapters.load, or first call adapters.add_tokens(model, tokenizer, "
+                f"{_listed(tokens, table.shape[0])})."
             )
 
 

@@ -75,16 +75,22 @@ class Layout:
         best, error = self._nearest(self.base, path, [order(weight.float()) for order in orders], limit)
         return orders[best], error
 
-    def stored_as(self, path: str, weight: Tensor, limit: float) -> tuple[Tensor, float]:
+    def stored_as(self, path: str, weight: Tensor, limit: float, new: int = 0) -> tuple[Tensor, float]:
         """A weight as the base's file stores it, in fp32, and its relative difference from the base's there.
 
         Matrices may have their rows in any order that is known, vectors of norms may be stored as 1 + w (Gemma).
+
+        Args:
+            new: rows at the end that the base's file lacks.
 
         Raises:
             AdapterError: it differs by more than `limit` in every way.
         """
         assert self.base is not None
         w = weight.float()
+        if new:
+            _, error = self._nearest(self.base, path, [w[:-new]], limit)
+            return w.contiguous(), error
         ways = [w, w + 1] if w.dim() == 1 else [order(w) for order in self._orders(w.shape[0])]
         best, error = self._nearest(self.base, path, ways, limit)
         return ways[best].contiguous(), error

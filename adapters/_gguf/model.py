@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters._attach import adapters_of, unwrapped
+from adapters._attach import adapters_of, table_paths, unwrapped
 from adapters._errors import AdapterError
 from adapters._fourbit import is_quantized
 from adapters._gguf.layout import layout_of
 from adapters._gguf.reading import GgufFile
+from adapters._gguf.vocabulary import NewTokens, new_tokens
 from adapters._gguf.writing import write_gguf
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -35,6 +36,7 @@ class ModelReport:
         copied: tensors that are no parameter of the model, taken from the base's file.
         dtype: of the matrices.
         bytes: of the file.
+        tokens: that the base's file lacked.
     """
 
     file: str
@@ -44,12 +46,14 @@ class ModelReport:
     copied: tuple[str, ...]
     dtype: str
     bytes: int
+    tokens: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        more = f", {len(self.tokens)} new tokens" if self.tokens else ""
         copied = f", {', '.join(self.copied)} taken from the base's file" if self.copied else ""
         return (
             f"{self.file}: {self.tensors} tensors for {self.architecture} in {self.dtype}, {self.bytes:,} bytes; they "
-            f"differ from the base's file by at most {self.difference:.1%}{copied}"
+            f"differ from the base's file by at most {self.difference:.1%}{copied}{more}"
         )
 
 
@@ -58,6 +62,7 @@ def export_model(
     file: str | os.PathLike[str],
     base_gguf: str | os.PathLike[str],
     dtype: str = "bfloat16",
+    tokenizer: Any = None,
 ) -> ModelReport:
     """Writes a model without adapters, such as a merged one, for llama.cpp, and reads it back.
 
@@ -68,6 +73,7 @@ def export_model(
         file: of the model; it must not exist.
         base_gguf: the model that this one was made of, as a GGUF file in any precision.
         dtype: of the matrices, "float32", "float16" or "bfloat16"; vectors are in fp32.
+        tokenizer: says what the tokens are that the model has and the base's file lacks, as after `add_tokens`.
 
     Raises:
         AdapterError: an adapter is attached, weights are in 4 bits, or the file is of another base.
@@ -81,6 +87,9 @@ def export_model(
     base = GgufFile(base_gguf)
     layout = layout_of(model.config, base)
     sources = {layout.name(path): path for path in held}
+    tables = table_paths(model)
+    added = new_tokens(base, held[tables[0]].shape[0], tokenizer)
+    new = dict.fromkeys(tables, len(added.texts))
     missing = sources.keys() - base.tensors.keys()
     if missing:
         raise AdapterError(f"{base.path.name} has no {min(missing)}, which this model has: it is of another base.")
@@ -88,12 +97,13 @@ def export_model(
     differences = []
 
     def made(name: str) -> Tensor:
-        tensor, difference = layout.stored_as(sources[name], held[sources[name]], _FAR)
+        path = sources[name]
+        tensor, difference = layout.stored_as(path, held[path], _FAR, new.get(path, 0))
         differences.append(difference)
         return tensor
 
     def fill(writer: Any) -> None:
-        _fields(writer, base, dtype)
+        _fields(writer, base, dtype, added)
         for name in base.tensors:
             if name in sources:
                 _add(writer, name, made(name), dtype)
@@ -104,12 +114,14 @@ def export_model(
     def check(written: GgufFile) -> None:
         rounding = torch.finfo(getattr(torch, dtype)).eps
         for name, path in sources.items():
-            expected, _ = layout.stored_as(path, held[path], _FAR)
+            expected, _ = layout.stored_as(path, held[path], _FAR, new.get(path, 0))
             if not (written.tensor(name) - expected).norm() <= rounding * expected.norm():
                 raise AdapterError(f"what was written for {path} does not read back as the model's weight.")
 
     size = write_gguf(file, layout.architecture, fill, check)
-    return ModelReport(str(Path(file)), layout.architecture, len(base.tensors), max(differences), copied, dtype, size)
+    return ModelReport(
+        str(Path(file)), layout.architecture, len(base.tensors), max(differences), copied, dtype, size, added.texts
+    )
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -124,7 +136,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _fields(writer: Any, base: GgufFile, dtype: str) -> None:
+def _fields(writer: Any, base: GgufFile, dtype: str, added: NewTokens) -> None:
     """The base's own fields, but for those that say how its tensors are stored."""
     import gguf
 
@@ -132,7 +144,8 @@ def _fields(writer: Any, base: GgufFile, dtype: str) -> None:
         if key.startswith(_OWN):
             continue
         kind, of_items = field.types[0], field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(key, field.contents(), kind, sub_type=of_items)
+        value = added.extended(key, field.contents(), base.architecture)
+        writer.add_key_value(key, value, kind, sub_type=of_items)
     names = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
     writer.add_file_type(int(gguf.LlamaFileType[names[dtype]]))
 

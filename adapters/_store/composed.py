@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from adapters._attach import activate as make_active
-from adapters._attach import adapters_of, compose, detach, state_of, tensors_of
+from adapters._attach import adapters_of, compose, detach, state_of, tensors_of, unwrapped
 from adapters._contract import FusionMethod
 from adapters._errors import AdapterError
 from adapters._selection import expanded, from_record, names_in
 from adapters._sharded import writes
 from adapters._store.bundle import CARD, PARTS, RECORD, Bundle
 from adapters._store.card import composition_card, ours
+from adapters._store.carried import Bring, carrying
 from adapters._store.loading import Force, Source
 from adapters._store.loading import load as load_adapter
 from adapters._store.parts import drop_parts, part_folder, parts_record, put_part, put_top, record_in
@@ -84,6 +85,7 @@ def load(
     trainable: bool = False,
     activate: bool = True,
     force: Force | None = None,
+    tokenizer: Any = None,
 ) -> LoadReport:
     """Adds a saved adapter, or a composition with all of its parts, to `model`.
 
@@ -95,6 +97,8 @@ def load(
             other composition, its parts.
         activate: whether it acts at once.
         force: "wrong-base" loads it on another base than it was trained on; nothing else is skipped.
+        tokenizer: the base's; tokens that the adapter was trained with are added to it, and their rows to the model, as
+            `adapters.add_tokens` does, where they lack. Without it the base must have the rows already.
 
     Raises:
         WrongBase: the model is not the base that the adapter was trained on.
@@ -102,15 +106,30 @@ def load(
         AdapterError: the name is taken, or the folder holds something that this version cannot read.
     """
     record = None if isinstance(source, Bundle) else record_in(resolve(source))
-    if record is None or isinstance(source, Bundle):
-        return load_adapter(model, source, name, trainable, activate, force)
+    with carrying(unwrapped(model), tokenizer) as bring:
+        if record is None or isinstance(source, Bundle):
+            return load_adapter(model, source, name, trainable, activate, force, bring)
+        return _load(model, source, name, trainable, activate, force, bring, record)
+
+
+def _load(
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    name: str | None,
+    trainable: bool,
+    activate: bool,
+    force: Force | None,
+    bring: Bring,
+    record: Mapping[str, Any],
+) -> LoadReport:
+    """A composition: its parts, and what puts them together."""
     state, added = state_of(model), list[str]()
     acting = state.active.value if state is not None else None
     try:
-        parts = _load_parts(model, resolve(source), record, trainable, force, added)
+        parts = _load_parts(model, resolve(source), record, trainable, force, bring, added)
         chosen, selection = name if name is not None else record["name"], from_record(record["selection"])
         if selection is None:
-            top = load_adapter(model, source, chosen, trainable, activate, force)
+            top = load_adapter(model, source, chosen, trainable, activate, force, bring)
         else:
             compose(model, chosen, selection)
             base = parts[0].base if parts else "its parts were attached already"
@@ -128,16 +147,25 @@ def load(
 
 
 def _load_parts(
-    model: nn.Module, place: str, record: Mapping[str, Any], trainable: bool, force: Force | None, added: list[str]
+    model: nn.Module,
+    place: str,
+    record: Mapping[str, Any],
+    trainable: bool,
+    force: Force | None,
+    bring: Bring,
+    added: list[str],
 ) -> list[LoadReport]:
     """Loads the parts that are not attached yet, inactive; their names go into `added`."""
     reports = []
-    for part, entry in record["parts"].items():
-        bundle = _part(place, part, entry, model)
+    bundles = {part: _part(place, part, entry, model) for part, entry in record["parts"].items()}
+    notes = [note for bundle in bundles.values() for note in bring(bundle.tokens)]  # the base of all of them has these
+    for part, bundle in bundles.items():
         if not _attached_alike(model, part, bundle):
             trains = trainable and record["selection"] is not None
             reports.append(load_adapter(model, bundle, part, trains, activate=False, force=force))
             added.append(part)
+    if reports:
+        reports[0] = replace(reports[0], notes=(*notes, *reports[0].notes))
     return reports
 
 

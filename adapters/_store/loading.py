@@ -13,6 +13,7 @@ from adapters._errors import AdapterError, nearest
 from adapters._sites import SiteMap
 from adapters._store.basecheck import check_base
 from adapters._store.bundle import Bundle, require_finite, versions
+from adapters._store.carried import Bring
 from adapters._store.reading import open_folder
 from adapters._store.reports import LoadReport
 
@@ -27,25 +28,18 @@ def load(
     trainable: bool = False,
     activate: bool = True,
     force: Force | None = None,
+    bring: Bring = lambda tokens: (),
 ) -> LoadReport:
-    """Adds a saved adapter to `model`.
+    """`adapters.load` for what is no composition.
 
     Args:
-        source: a folder, a Hub repository, or what `adapters.read` returned.
-        name: what to call it here; None takes the recorded name.
-        trainable: whether it goes on training; otherwise it is frozen.
-        activate: whether it acts at once.
-        force: "wrong-base" loads it on another base than it was trained on; nothing else is skipped.
-
-    Raises:
-        WrongBase: the model is not the base that the adapter was trained on.
-        DamagedAdapter: a file is missing, truncated or altered, or holds values that are not finite.
-        AdapterError: the name is taken, or the folder holds something that this version cannot read.
+        bring: gives the model the rows of new tokens, and returns what to say of that.
     """
     bundle = opened(source, model)
+    brought = bring(bundle.tokens)
     base = check_base(model, bundle, force)
     chosen = name if name is not None else bundle.name
-    notes = notes_on(model, bundle)
+    notes = (*brought, *notes_on(model, bundle))
     tensors = _given(bundle, source, trainable)
     kept = {**_kept(bundle), "map": _map(model, bundle) if force is None else None}  # another base has other sites
     install(

@@ -79,4 +79,4 @@ def _written(to: Form, model: Any, tokenizer: Any, output: Path, base_gguf: Path
         write_model(model, tokenizer, asdict(certificate), output)
         return certificate
     assert base_gguf is not None
-    return adapters.export_model(model, output, base_gguf, dtype)
+    return adapters.export_model(model, output, base_gguf, dtype, tokenizer)

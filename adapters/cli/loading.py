@@ -20,5 +20,5 @@ def load_adapted(model: str, adapter: str, quantize: str | None = None) -> tuple
         more = {"kind": "classifier", "num_labels": len(names), "id2label": names}
         more["label2id"] = {name: key for key, name in names.items()}
     loaded, tokenizer = adapters.load_base(model, quantize=quantize, **more)
-    adapters.load(loaded, adapter, name="default")
+    adapters.load(loaded, adapter, name="default", tokenizer=tokenizer)
     return loaded, tokenizer
