@@ -135,17 +135,18 @@ def test_llama_cpp_agrees_on_tokens_that_are_new(made: Made, tmp_path: Path) -> 
     pytest.importorskip("xllamacpp")
     model, tokenizer = adapters.load_base("smollm2-135m-instruct", dtype=torch.float32)
     new = adapters.add_tokens(model, tokenizer, ["<|lookup|>"]).ids["<|lookup|>"]
-    plain = _logits(model, [[*made.prompts[0][:5], new]])[0, -1]
+    prompts = [[*ids[:5], new, *ids[5:12]] for ids in made.prompts[:5]]
+    plain = _logits(model, prompts)[:, 5:].argmax(-1)
+    torch.manual_seed(0)
     adapters.attach(model, "lora", name="fr", rank=4, tokens=["<|lookup|>"], tokenizer=tokenizer)
-    shake(model, "fr", noise=0.02)
+    shake(model, "fr", noise=0.03)
     adapters.merge(model, "fr")
     report = adapters.export_model(model, tmp_path / "new.gguf", _published(), "float32", tokenizer)
     assert report.tokens == ("<|lookup|>",)
-    prompts = [[*ids[:5], new, *ids[5:12]] for ids in made.prompts[:5]]
     top = _logits(model, prompts)[:, 5:].topk(2, -1)
     sure = top.values[..., 0] - top.values[..., 1] > MARGIN
     assert sure.float().mean() >= 0.8  # 40 places after noise, not training
-    assert plain.argmax() != top.indices[0, 0, 0]
+    assert (plain != top.indices[..., 0])[sure].float().mean() > 0.2
     asked = [ids[: end + 1] for ids in prompts for end in range(5, len(ids))]
     found = torch.tensor(other_program("llama", asked, tmp_path / "new.gguf")).view(len(prompts), -1)
     assert torch.equal(found[sure], top.indices[..., 0][sure])
