@@ -41,6 +41,8 @@ CASES: dict[str, dict[str, Any]] = {
     "houlsby": HOUSLBY,
     "plain": {**HOUSLBY, "mh_adapter": False, "non_linearity": "gelu", "scaling": 2.5},
     "parallel": {**HOUSLBY, "non_linearity": "relu", "is_parallel": True, "scaling": 4.0},
+    "pfeiffer": {**HOUSLBY, "mh_adapter": False, "non_linearity": "relu", "original_ln_before": True},
+    "summed": {**HOUSLBY, "reduction_factor": 4, "original_ln_before": True, "scaling": "channel"},
     "learned": {**HOUSLBY, "output_adapter": False, "non_linearity": "tanh", "scaling": "channel", "leave_out": [1]},
     "uneven": {**HOUSLBY, "reduction_factor": {"0": 4, "default": 16}, "scaling": "learned"},
 }
@@ -201,7 +203,7 @@ def test_bottlenecks_equal_their_formula(name: str, case: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
-@pytest.mark.parametrize("case", ["houlsby", "parallel"])
+@pytest.mark.parametrize("case", ["houlsby", "parallel", "pfeiffer"])
 def test_rows_of_a_batch_and_recomputed_layers_read_the_same_stream(name: str, case: str, tmp_path: Path) -> None:
     """What is read from another module than the branch's is there in mixed batches and under checkpointing too."""
     own, model = CASES[case], tiny.build(name)
@@ -282,10 +284,7 @@ def test_ia3_equals_its_formula(name: str, tmp_path: Path) -> None:
     assert report.method == "ia3"
 
 
-READ = [(name, case) for name, case in golden.GOLDEN if case != "pfeiffer"]
-
-
-@pytest.mark.parametrize(("name", "case"), READ)
+@pytest.mark.parametrize(("name", "case"), golden.GOLDEN)
 def test_what_adapterhub_computed(name: str, case: str, tmp_path: Path) -> None:
     """The numbers that the real AdapterHub printed for the same base and the same tensors."""
     model = golden.build(name)
@@ -365,7 +364,8 @@ def test_lora_from_before_the_scale_was_mended(tmp_path: Path) -> None:
         (options(**HOUSLBY, use_gating=True), "use_gating"),
         (options(**HOUSLBY, phm_layer=True), "phm_layer"),
         (options(**HOUSLBY, original_ln_after=False), "original_ln_after"),
-        (options(**HOUSLBY, original_ln_before=True), "original_ln_before"),
+        (options(**HOUSLBY, original_ln_before=True, residual_before_ln=False), "residual_before_ln"),
+        (options(**HOUSLBY, residual_before_ln="post_add"), "residual_before_ln"),
         (options(**HOUSLBY, inv_adapter="nice"), "inv_adapter"),
         (options(**{**HOUSLBY, "non_linearity": "leakyrelu"}), "leakyrelu"),
         (options(**HOUSLBY, something_new=3), "something_new"),

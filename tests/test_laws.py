@@ -25,6 +25,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "pfeiffer": ("bottleneck", {"reduction_factor": 6.0}),
     "houlsby": ("bottleneck", {"placement": "houlsby", "reduction_factor": 8.0, "activation": "gelu"}),
     "parallel": ("bottleneck", {"placement": "parallel", "reduction_factor": 5.0, "scale": 4.0}),
+    "normed": ("bottleneck", {"placement": "houlsby", "reduction_factor": 6.0, "reads": "normed"}),
     "prefix": ("prefix", {"length": 3}),
     "loha": ("loha", {"rank": 3, "alpha": 200.0}),  # the plugin of tests/plugin, which only an entry point names
 }

@@ -46,7 +46,7 @@ def joined(method: Method, how: str, terms: Terms, sites: Sequence[Site]) -> Joi
 def _(method: Bottleneck, how: str, terms: Terms, sites: Sequence[Site]) -> Joined:
     if how == "cat":
         return _side_by_side(method, terms, sites)
-    _require_alike(how, terms, ("placement", "activation", "scale", "reduction_factor"))
+    _require_alike(how, terms, ("placement", "activation", "scale", "reduction_factor", "reads", "eps"))
     return Joined(method, _averaged(terms, "bottlenecks"), "the tensors' average, not that of what they do")
 
 
@@ -74,7 +74,7 @@ def _(method: IA3, how: str, terms: Terms, sites: Sequence[Site]) -> Joined:
 
 def _side_by_side(method: Bottleneck, terms: Terms, sites: Sequence[Site]) -> Joined:
     """[D_1; D_2] and [w_1 U_1, w_2 U_2]: one bottleneck as wide as all together does exactly the weighted sum."""
-    _require_alike("cat", terms, ("placement", "activation"))
+    _require_alike("cat", terms, ("placement", "activation", "reads", "eps"))
     scales = {operand.method.scale for _, operand in terms if isinstance(operand.method, Bottleneck)}
     scale = method.scale if len(scales) == 1 and method.scale else 1.0
     found: Named = {}

@@ -2,7 +2,8 @@
 
 Theirs (src/adapters/methods/modeling.py, class Adapter; Houlsby et al., 2019, arXiv 1902.00751; Pfeiffer et al., 2020,
 arXiv 2005.00247): y' = y + s (U f(D h + c) + e), where y is what a branch adds to the residual stream r, and h = y;
-h = r where `is_parallel`.
+h = r where `is_parallel`; h = y + r where `original_ln_before`, after the norm that a post-norm model has there,
+LN(z) = g n(z) + b, whose weights become part of ours: D LN(z) + c = (D g) n(z) + (D b + c).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from adapters._interop.hub_folder import (
 )
 from adapters._interop.hub_places import Places
 from adapters._sites.discover import discover
-from adapters.methods.bottleneck import Activation, Bottleneck
+from adapters.methods.bottleneck import Activation, Bottleneck, Reads
 
 ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "gelu": "gelu", "swish": "silu", "silu": "silu", "tanh": "tanh"}
 RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # what files without a version mean
@@ -43,6 +44,7 @@ NEUTRAL = {
 KNOWN = {
     "ln_after": False, "ln_before": False, "original_ln_after": True, "phm_layer": False, "use_gating": False,
 }  # fmt: skip
+PLAIN: tuple[Reads, float] = ("branch", Bottleneck.eps)
 LEARNED = ("learned", "channel")  # values of `scaling`: a number or a vector that was trained
 PARTS = {
     "down": "adapter_down.0.weight",
@@ -57,21 +59,25 @@ def read_bottleneck(own: Mapping[str, Any], files: HubFiles, model: nn.Module) -
     refuse_options(own, NEUTRAL, KNOWN)
     _refuse_others(own, files)
     owners = by_owner(files, "adapters", model)
-    places = Places(discover(model, None), files.interface)
+    places = Places(discover(model, None), files.interface, model)
     require_layers(owners, places.trace.sites.streams, own.get("leave_out"))
     sites = {owner: places.at(owner) for owner in owners}
     _require_branches(own, sites, places.trace.sites.streams)
+    held = {owner: _tensors(own, sites[owner], parts) for owner, parts in owners.items()}
     parallel = flag(own, "is_parallel", False)
-    ours: dict[str, Tensor] = {}
-    for owner, parts in owners.items():
-        if parallel:
-            sites[owner] = _reading_residual(places, sites[owner], owner)
-        ours |= _tensors(own, sites[owner], parts)
+    reads, eps = PLAIN
+    if parallel:
+        sites = {owner: _reading_residual(places, site, owner) for owner, site in sites.items()}
+    elif flag(own, "original_ln_before", False):
+        sites, held, (reads, eps) = _summed(places, sites, held)
+    ours = {f"{sites[owner].path}:{name}": tensor for owner, parts in held.items() for name, tensor in parts.items()}
     inner = {site.path: ours[f"{site.path}:down"].shape[0] for site in sites.values()}
     method = Bottleneck(
         placement="parallel" if parallel else "houlsby" if flag(own, "mh_adapter") else "pfeiffer",
         reduction_factor=_factor(own["reduction_factor"], inner, next(iter(sites.values())).width),
         activation=_activation(str(own["non_linearity"]).lower(), files.config.get("version")),
+        reads=reads,
+        eps=eps,
         scale=1.0 if own.get("scaling") in LEARNED else number(own.get("scaling", 1.0), "scaling"),
     )
     return FromHub(method, tuple(sites.values()), ours, notes=_notes(own, inner))
@@ -81,12 +87,8 @@ def _refuse_others(own: Mapping[str, Any], files: HubFiles) -> None:
     """Refuses further options; version 1's task adapters name invertible layers which they do not have."""
     if (own.get("inv_adapter") or own.get("invertible_adapter")) and files.config.get("type") != "text_task":
         raise AdapterError("the adapter has invertible layers at the embeddings (inv_adapter), and no method here has.")
-    if flag(own, "original_ln_before", False):
-        raise AdapterError(
-            f"{CONFIG} sets original_ln_before: the layers read the sum of branch and residual stream, or "
-            "its norm, and those here the branch alone, which is another function of the same tensors."
-        )
-    if own.get("residual_before_ln", True) not in (True, False):
+    summed = flag(own, "original_ln_before", False) and not flag(own, "is_parallel", False)
+    if own.get("residual_before_ln", True) is not True and (summed or own["residual_before_ln"] is not False):
         raise AdapterError(f"{CONFIG} sets residual_before_ln to {str(own['residual_before_ln'])[:60]!r}.")
 
 
@@ -120,6 +122,29 @@ def _reading_residual(places: Places, site: StreamSite, owner: str) -> StreamSit
     return found
 
 
+def _summed(
+    places: Places, sites: Mapping[str, StreamSite], held: Mapping[str, dict[str, Tensor]]
+) -> tuple[dict[str, StreamSite], dict[str, dict[str, Tensor]], tuple[Reads, float]]:
+    """Sites, tensors and what they read, for h = y + r: in a post-norm model D and c with the norm in them."""
+    reading, folded, read = dict(sites), dict(held), set()
+    for owner, site in sites.items():
+        found, norm = places.reading_residual(site, anchor(owner)), places.norm_after(site, anchor(owner))
+        reading[owner] = found or site
+        folded[owner] = held[owner] | (_folded(held[owner], norm) if norm is not None else {})
+        read.add(PLAIN if found is None else ("sum", PLAIN[1]) if norm is None else ("normed", norm.eps))
+    if len(read) > 1:
+        raise AdapterError("the adapter's layers read sums of several kinds, and those of one method read one.")
+    return reading, folded, read.pop()
+
+
+def _folded(held: Mapping[str, Tensor], norm: nn.LayerNorm) -> dict[str, Tensor]:
+    down = held["down"].double()
+    weight, bias = (None if w is None else w.detach().double().cpu() for w in (norm.weight, norm.bias))
+    shift = held["down_bias"].double() + (0 if bias is None else down @ bias)
+    scaled = down if weight is None else down * weight
+    return {"down": scaled.to(torch.float32), "down_bias": shift.to(torch.float32)}
+
+
 def _tensors(own: Mapping[str, Any], site: StreamSite, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     scaling = own.get("scaling", 1.0)
     wanted = {*PARTS.values(), *(("scaling",) if scaling in LEARNED else ())}
@@ -134,7 +159,7 @@ def _tensors(own: Mapping[str, Any], site: StreamSite, parts: Mapping[str, Tenso
             raise AdapterError(f"the adapter's {PARTS[name]} at {site.path} has the shape {list(tensor.shape)}.")
     if scaling in LEARNED:
         held |= _scaled(held, parts["scaling"], site)
-    return {f"{site.path}:{name}": tensor for name, tensor in held.items()}
+    return held
 
 
 def _scaled(held: Mapping[str, Tensor], learned: Tensor, site: StreamSite) -> dict[str, Tensor]:

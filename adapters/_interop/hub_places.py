@@ -12,21 +12,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from torch import nn
+
+from adapters._attach.swap import base_class
 from adapters._contract import Key, StreamSite
 from adapters._errors import AdapterError
 from adapters._sites.discover import Discovery
 from adapters._sites.graph import Call, Value
-from adapters._sites.operands import COPIES
+from adapters._sites.operands import COPIES, SUMS
 from adapters._sites.streams import Branch
 from adapters._sites.weights import block_of
 
 ATTENTIONS = ("attention_adapters", "cross_attention_adapters")  # which AdapterHub gives a layer, in this order
 OUTPUT = "output_adapters"
 # what adapter_interface.json, written where AdapterHub works by hooks, calls the module whose output its layer at a
-# branch sees, and the one whose input it takes for the residual stream
+# branch sees, the one whose input it takes for the residual stream, and the norm after both
 HOOKED = {
-    "attention": (("layer_self_attn", "attn_o_proj"), "layer_pre_self_attn"),
-    "mlp": (("layer_output_proj",), "layer_pre_ffn"),
+    "attention": (("layer_self_attn", "attn_o_proj"), "layer_pre_self_attn", "layer_ln_1"),
+    "mlp": (("layer_output_proj",), "layer_pre_ffn", "layer_ln_2"),
 }
 Interface: TypeAlias = Mapping[str, Any]
 Way: TypeAlias = tuple[Key, str | None]  # an argument of the site's own call, or the module to tap
@@ -37,7 +40,8 @@ class Places:
     """The places of one model. `interface` is what AdapterHub's hooks go by, None where it has a port."""
 
     trace: Discovery
-    interface: Interface | None = None
+    interface: Interface | None
+    model: nn.Module
 
     def at(self, owner: str) -> StreamSite:
         """The site where AdapterHub's layer in the module `owner` acts.
@@ -79,6 +83,26 @@ class Places:
         slot, tap = common[0]
         return replace(site, input=slot, tap=tap, input_axis=-1)
 
+    def norm_after(self, site: StreamSite, layer: str) -> nn.LayerNorm | None:
+        """The norm of a post-norm model, through which branch and residual go together; None in a pre-norm model.
+
+        Raises:
+            AdapterError: it is another norm than torch's LayerNorm, or AdapterHub's hooks apply one of their own.
+        """
+        if self.interface is not None:
+            named = self.interface.get(HOOKED[site.branch][2]) if site.branch in HOOKED else None
+            if named is None:
+                return None
+            raise AdapterError(f"AdapterHub's hook applied the base's {layer}.{str(named)[:60]} once more.")
+        paths = {self._only_consumer(branch.total, site) for branch in self._branches(site)}
+        path = paths.pop()
+        if path is None and not paths:
+            return None
+        module = self.model.get_submodule(path) if path is not None and not paths else None
+        if not isinstance(module, nn.LayerNorm) or base_class(module) is not nn.LayerNorm:
+            raise AdapterError(f"the sum after {site.path} goes through {path}, which is no LayerNorm of torch.")
+        return module
+
     def _branches(self, site: StreamSite) -> list[Branch]:
         found = [b for b in self.trace.branches if b.call.path == site.path and b.key == site.output]
         if not found:
@@ -116,6 +140,16 @@ class Places:
     def _calls_with(self, value: Value, block: str) -> list[Call]:
         calls = sorted(self.trace.graph.calls, key=lambda call: call.order)
         return [call for call in calls if call.inputs.get(0) is value and _inside(call.path, block)]
+
+    def _only_consumer(self, total: Value, site: StreamSite) -> str | None:
+        """The module of the site's block that alone is given the sum, if there is one."""
+        users = [value for value in self.trace.graph.values if any(p is total for p in value.parents)]
+        if any(user.op in SUMS for user in users):
+            return None  # the sum itself goes on, and is what the next branch is added to
+        for call in self._calls_with(total, site.block):
+            if users and all(call.holds(user.index) for user in users):
+                return call.path
+        return None
 
     def _hooked_residual(self, site: StreamSite, layer: str) -> StreamSite | None:
         assert self.interface is not None
