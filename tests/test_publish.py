@@ -96,6 +96,7 @@ def test_the_card_says_what_the_record_says(place: loopback.Hub, folder: Path) -
         "The change of `exact` lies between 0.1 and 0.4",
         "Of 3 steps, one in 1: 3, 2, 1.5.",
         "| learned_tokens | 321 |",
+        "| data_license | not stated |",
         "| hardware | an abacus |",
         "| licence | mit |",
         f"| fingerprint | {bundle.base_digest} |",
@@ -105,6 +106,13 @@ def test_the_card_says_what_the_record_says(place: loopback.Hub, folder: Path) -
     ):
         assert line in card, line
     assert (folder / "README.md").read_text() != card  # the folder stays as it was
+    assert "training.png" not in card
+    (folder / "training.png").write_bytes(b"\x89PNG")
+    again = publish(folder, data_license="cc-by-4.0").card
+    assert "| data_license | cc-by-4.0 |" in again
+    assert "](training.png)" in again
+    kept = saved(folder.parent / "kept", data_license="odc-by")
+    assert "| data_license | odc-by |" in publish(kept).card
 
 
 def test_a_dry_run_sends_nothing(place: loopback.Hub, folder: Path) -> None:

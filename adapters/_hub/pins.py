@@ -91,3 +91,8 @@ DATA: Mapping[str, Pin] = MappingProxyType(
         ),
     }
 )
+
+
+def described(pin: Pin) -> dict[str, str]:
+    """Data as the record of an adapter names them."""
+    return {"data": f"{pin.package} {pin.version}, {pin.root}", "data_license": pin.license}

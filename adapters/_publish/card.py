@@ -5,36 +5,46 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from adapters._store.bundle import Bundle, method_record
 from adapters._store.card import MARK, cell, table
 
 
-def snippet(base: str, place: str, labels: Mapping[str, str] | None) -> str:
+def snippet(base: str, place: str, bundle: Bundle) -> str:
     """The program that the card shows: it loads the adapter onto its base."""
-    more = ""
-    if labels:
-        names = {int(key): value for key, value in labels.items()}
-        more = f', kind="classifier", num_labels={len(names)}'
+    more = f', kind="classifier", num_labels={len(bundle.labels)}' if bundle.labels else ""
+    brought = ", tokenizer=tokenizer" if bundle.tokens is not None else ""
     return (
         "import adapters\n\n"
         f"model, tokenizer = adapters.load_base({json.dumps(base)}{more})\n"
-        f"print(adapters.load(model, {json.dumps(place)}))\n"
+        f"print(adapters.load(model, {json.dumps(place)}{brought}))\n"
     )
 
 
-def published_card(bundle: Bundle, repo: str, base: str, licenses: tuple[str, str], peft: str, ran: str) -> bytes:
+@dataclass(frozen=True)
+class Licenses:
+    """Of the adapter, its base, and the data that it was trained on ("" where nobody said)."""
+
+    adapter: str
+    base: str
+    data: str
+
+
+def published_card(
+    bundle: Bundle, repo: str, base: str, licenses: Licenses, peft: str, ran: str, pictures: bool
+) -> bytes:
     """The text.
 
     Args:
-        licenses: the adapter's, and the base's.
         peft: what the folder is to stock PEFT.
         ran: what the snippet printed, or "".
+        pictures: whether training.png is beside it.
     """
-    training = dict(bundle.training)
+    training = {**bundle.training, "data_license": licenses.data or "not stated"}
     scores, losses = training.pop("scores", None), training.pop("losses", None)
-    front = ["---", f"license: {json.dumps(licenses[0])}", "library_name: adapters", "tags:", "- adapter"]
+    front = ["---", f"license: {json.dumps(licenses.adapter)}", "library_name: adapters", "tags:", "- adapter"]
     front.append(f"- {json.dumps(bundle.method.name)}")
     if "/" in base:
         front.append(f"base_model: {json.dumps(base)}")
@@ -50,7 +60,7 @@ def published_card(bundle: Bundle, repo: str, base: str, licenses: tuple[str, st
         "and stays as it is.",
         "",
         "```python",
-        snippet(base, f"hub:{repo}", bundle.labels).rstrip(),
+        snippet(base, f"hub:{repo}", bundle).rstrip(),
         "```",
         "",
         *([f"This program was run before publishing; it printed:\n\n```text\n{ran.strip()}\n```", ""] if ran else []),
@@ -58,6 +68,7 @@ def published_card(bundle: Bundle, repo: str, base: str, licenses: tuple[str, st
         "",
         *_scores(scores),
         *_curve(losses),
+        *(["![losses, learning rate and changes by layer](training.png)", ""] if pictures else []),
         *table("Trained", dict(_flat(training))),
         *table("Method", method_record(bundle.method)["fields"]),
         *table(
@@ -67,7 +78,7 @@ def published_card(bundle: Bundle, repo: str, base: str, licenses: tuple[str, st
             "Base",
             {
                 "name": base,
-                "licence": licenses[1],
+                "licence": licenses.base,
                 "class": known.get("class", ""),
                 "type": known.get("model_type", ""),
                 "fingerprint": bundle.base_digest or "in adapter.json",

@@ -14,7 +14,7 @@ from typing import Any
 
 from adapters._errors import AdapterError
 from adapters._hub.quiet import quiet
-from adapters._publish.card import published_card, snippet
+from adapters._publish.card import Licenses, published_card, snippet
 from adapters._publish.leaks import leaks
 from adapters._publish.license import license_of
 from adapters._store import commit
@@ -62,6 +62,7 @@ def publish(
     base: str | None = None,
     license: str | None = None,
     base_license: str | None = None,
+    data_license: str | None = None,
     private: bool = False,
     dry_run: bool = False,
     try_it: bool = True,
@@ -78,6 +79,7 @@ def publish(
         base: the base's name for others, an embedded name or a Hub id; by default the recorded one.
         license: the adapter's; by default the base's.
         base_license: the base's; by default that of its pin, or of its card on the Hub.
+        data_license: of what it was trained on; by default what the record says.
         private: of a repository that is made now.
         dry_run: checks everything, sends nothing.
         try_it: runs the card's program on the folder, which loads the base.
@@ -100,7 +102,8 @@ def publish(
     known = base_license or license_of(name)
     ran = _tried(name, place, bundle) if try_it else ""
     peft = "reads this folder, too" if _is_pefts(files) else "cannot read this folder"
-    files[CARD] = published_card(bundle, to, name, (license or known, known), peft, ran)
+    licenses = Licenses(license or known, known, data_license or str(bundle.training.get("data_license") or ""))
+    files[CARD] = published_card(bundle, to, name, licenses, peft, ran, PICTURE in files)
     found = list(leaks(files))
     if found:
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
@@ -138,7 +141,7 @@ def _tried(base: str, place: str, bundle: Bundle) -> str:
     said = io.StringIO()
     try:
         with quiet(), contextlib.redirect_stdout(said):
-            exec(compile(snippet(base, place, bundle.labels), "the card's program", "exec"), {})
+            exec(compile(snippet(base, place, bundle), "the card's program", "exec"), {})
     except Exception as error:
         raise AdapterError(
             f"nothing was published: the program of its card fails with {type(error).__name__}: {error}"

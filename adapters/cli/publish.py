@@ -20,6 +20,9 @@ def publish_adapter(
     base_license: Annotated[
         str | None, typer.Option(help="The base's; by default what its pin or its card on the Hub says.")
     ] = None,
+    data_license: Annotated[
+        str | None, typer.Option(help="Of what it was trained on; by default what its record says.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show the card, send nothing.")] = False,
     no_try: Annotated[
@@ -39,6 +42,7 @@ def publish_adapter(
         base=base,
         license=licence,
         base_license=base_license,
+        data_license=data_license,
         private=private,
         dry_run=dry_run,
         try_it=not no_try,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adapters._errors import AdapterError
 from adapters._hub import load_base
+from adapters._hub.pins import DATA, described
 from adapters.data import answer, encode_call, encode_prompt, messages, read_calls, score
 from adapters.data.tokens import IGNORED
 from adapters.train.generation import generate
@@ -26,7 +27,7 @@ class FunctionCalls:
     def __init__(self, recipe: Recipe, console: Console) -> None:
         self.recipe, self.console = recipe, console
         self.training, self.held_out = read_calls(recipe.evaluation.rows)
-        self.facts: dict[str, Any] = {"data": "bfcl-eval 2026.3.23", "held_out": len(self.held_out)}
+        self.facts: dict[str, Any] = {**described(DATA["bfcl"]), "held_out": len(self.held_out)}
 
     def load(self, device: Any) -> tuple[Any, Any]:
         recipe = self.recipe

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapters._errors import AdapterError
 from adapters._hub import load_base
+from adapters._hub.pins import DATA, described
 from adapters.data.headlines import LABELS, Headline, read_headlines
 from adapters.train.lesson import Advance, Answer, Trained
 from adapters.train.recipe import Recipe
@@ -25,7 +26,7 @@ class Sarcasm:
     def __init__(self, recipe: Recipe, console: Console) -> None:
         self.recipe, self.console = recipe, console
         self.training, self.held_out = read_headlines(recipe.evaluation.rows)
-        self.facts: dict[str, Any] = {"data": "sarcasm headlines of evals 3.0.1.post1", "held_out": len(self.held_out)}
+        self.facts: dict[str, Any] = {**described(DATA["sarcasm"]), "held_out": len(self.held_out)}
 
     def load(self, device: Any) -> tuple[Any, Any]:
         recipe = self.recipe
