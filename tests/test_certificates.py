@@ -119,6 +119,17 @@ def test_a_merge_back_into_4_bits_states_what_it_lost() -> None:
     assert any("that rounding is the error above" in note for note in found.notes)
 
 
+@pytest.mark.parametrize(("noise", "said"), [(0.0004, True), (0.05, False)])
+def test_an_adapter_that_does_less_than_the_base_can_hold_is_told(noise: float, said: bool) -> None:
+    model = base("bf16")
+    torch.manual_seed(1)
+    adapters.attach(model, "lora", name="fr", rank=3)
+    shake(model, "fr", noise=noise)
+    found = adapters.merge(model, "fr")
+    assert (found.error > 0.25 * found.effect) == said
+    assert any("below what bfloat16 can hold" in note for note in found.notes) == said
+
+
 # real prompts
 
 

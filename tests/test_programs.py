@@ -7,6 +7,7 @@ token must be ours wherever our two most likely ones are further apart than `MAR
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -168,9 +169,11 @@ def test_mistral_rs_agrees(made: Made) -> None:
     made.agrees(torch.tensor([ours.get(text, -1) for text in found]).view(len(made.prompts), TOKENS))
 
 
-def other_program(name: str, prompts: Any, *places: Path) -> Any:
-    command = [sys.executable, str(Path(__file__).with_name("other_programs.py")), name, *map(str, places)]
-    done = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True, check=False)
+def other_program(name: str, prompts: Any, *places: Path, python: str = sys.executable) -> Any:
+    command = [python, str(Path(__file__).with_name("other_programs.py")), name, *map(str, places)]
+    # another interpreter has its own packages, and must not be led to these
+    known = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" or python == sys.executable}
+    done = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True, check=False, env=known)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -232,3 +235,18 @@ def test_check_says_what_peft_and_mistral_rs_do(
     wanted = [made.text([token], skip_special_tokens=True) for token in top.indices[..., 0].flatten().tolist()]
     pairs = [(text, want) for text, want, certain in zip(said, wanted, sure, strict=True) if certain and text != want]
     assert pairs == []
+
+
+@pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no interpreter that has vLLM")
+def test_vllm_agrees_and_does_what_check_says(made: Made, variants: dict[str, tuple[Path, Tensor, Any]]) -> None:
+    """vLLM wants other versions of a hundred packages, and so an environment of its own."""
+    folders = [made.folder / "lora", *(folder for folder, *_ in variants.values())]
+    said = other_program("vllm", made.prompts, made.folder / "base", *folders, python=os.environ["VLLM_PYTHON"])
+    made.agrees(torch.tensor(said[0]))
+    for (variant, (folder, ours, _)), found in zip(variants.items(), said[1:], strict=True):
+        if not adapters.check_for(folder, "vllm").works:
+            assert isinstance(found, str), variant
+            continue
+        top = ours.topk(2, -1)
+        sure = top.values[..., 0] - top.values[..., 1] > MARGIN
+        assert torch.equal(torch.tensor(found[:2])[sure], top.indices[..., 0][sure]), variant

@@ -14,6 +14,7 @@ from adapters._errors import AdapterError
 # SmolLM2-135M in bfloat16 two equal computations differ by 1.5e-2, a merged adapter that moves the outputs by 4 % by
 # 1.7e-2, and one that moves them by 37 % by 3.0e-2. A merge that lost its adapter differs by as much as that moves.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}
+LOST = 0.25  # of an adapter's effect, above which a certificate speaks of it
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,17 @@ def require_near(name: str, error: float, prompts: Sequence[PromptError], limit:
                 f"merging {name!r} changes {where} by {found:.1e}, more than the tolerance of {limit:.0e}: keep it "
                 "unmerged, merge into a base of higher precision, or pass tolerance=."
             )
+
+
+def of_little_effect(error: float, effect: float, dtype: torch.dtype) -> list[str]:
+    """What to say of a merge that is as exact as the dtype allows, where the adapter itself does hardly more."""
+    if not effect or error <= LOST * effect:
+        return []
+    name = str(dtype).removeprefix("torch.")
+    return [
+        f"{100 * error / effect:.0f} % of what the adapter does here is below what {name} can hold: on these inputs it "
+        f"changes the outputs by {effect:.1e}. A base of higher precision keeps it"
+    ]
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -26,10 +26,9 @@ from adapters._attach import base_parameters, put_labels, tensors_of
 from adapters._attach.swap import base_class
 from adapters._errors import AdapterError
 from adapters._merge.allowed import Merging, mergeable
-from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative, require_near
+from adapters._merge.certificate import TOLERANCE, Certificate, of_little_effect
 from adapters._merge.exact import Merged, merge_rows, merged_bias, merged_weight
-from adapters._merge.measure import Adapted, adapted, apart, model_outputs, outputs_at
-from adapters._merge.prompts import compared
+from adapters._merge.measure import Adapted, adapted, beside
 from adapters._plan.sizes import bytes_in
 from adapters._selection import Part
 from adapters._whole import require_new, settle, write_whole
@@ -236,17 +235,11 @@ def _compared(
             "than its parameters. Merge it in memory, with adapters.merge."
         )
     merged.eval()
-    error = apart(model_outputs(merged, before.inputs), before.output)
-    after = outputs_at(merged, before.at_sites)
+    found = beside(merged, before, tokenizer)
     dtype = next(p.dtype for path, p in base_parameters(model).items() if path in predicted)
     limit = tolerance if tolerance is not None else TOLERANCE.get(dtype, 5e-2)
-    answered = compared(merged, tokenizer, before.said)
-    require_near(merging.name, error, answered, limit)
-    sites = tuple(
-        SiteError(path, rounding, relative(after[path], before.outputs[path]) if path in after else None)
-        for path, rounding in predicted.items()
-    )
+    found.require_within(merging, limit)
     count = len(list(work.glob("model-*.safetensors")))
     how = f"into {count} files in {str(dtype).removeprefix('torch.')}"
-    notes = (f"wrote {merging.tokens}",) if merging.tokens is not None else ()
-    return Certificate(merging.name, how, error, before.effect, limit, sites, notes, answered)
+    notes = of_little_effect(found.error, before.effect, dtype)
+    return found.certificate(merging, before, predicted, how, limit, notes)

@@ -12,10 +12,9 @@ from adapters._attach import detach, set_labels, tensors_of, unwrapped, using
 from adapters._attach.swap import base_class
 from adapters._fourbit import quantized_modules, quantized_stacks, replace_module
 from adapters._merge.allowed import Merging, check_requantize, check_untied, mergeable
-from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative, require_near
+from adapters._merge.certificate import TOLERANCE, Certificate, of_little_effect
 from adapters._merge.exact import dense_dtype, merged_parameters
-from adapters._merge.measure import adapted, apart, model_outputs, outputs_at
-from adapters._merge.prompts import compared
+from adapters._merge.measure import adapted, beside
 from adapters._quantize import dense_module, quantize, restore_stacks, settle_stacks
 from adapters._selection import Part
 
@@ -63,10 +62,8 @@ def merge(
     undo = _apply(model, merging, merged.new, quantised)
     try:
         with using(model, None):
-            error = apart(model_outputs(model, before.inputs), before.output)
-            after = outputs_at(model, before.at_sites)
-            answered = compared(model, tokenizer, before.said)
-        require_near(merging.name, error, answered, limit)
+            found = beside(model, before, tokenizer)
+        found.require_within(merging, limit)
     except BaseException:
         undo()
         raise
@@ -74,19 +71,13 @@ def merge(
     settle_stacks(model)
     if merging.bearer.labels:
         set_labels(model, merging.bearer.labels)  # the head that they belong to is the model's own now
-    notes = [f"wrote {merging.tokens}"] if merging.tokens is not None else []
+    notes = of_little_effect(found.error, before.effect, dtype)
     if requantize is not None:
         quantize(model, requantize, only={*quantised, *stacks}, compute_dtype=computed)
-        error = apart(model_outputs(model, before.inputs), before.output)
-        answered = compared(model, tokenizer, before.said)
-        notes.append(f"put back into {requantize} as asked: that rounding is the error above")
+        found = beside(model, before, tokenizer)
+        notes = [f"put back into {requantize} as asked: that rounding is the error above"]
     how = "dequantised from nf4 to {}, then merged" if quantised or stacks else "in place in {}"
-    sites = tuple(
-        SiteError(path, predicted, relative(after[path], before.outputs[path]) if path in after else None)
-        for path, predicted in merged.predicted.items()
-    )
-    how = how.format(_name(dtype))
-    return Certificate(merging.name, how, error, before.effect, limit, sites, tuple(notes), answered)
+    return found.certificate(merging, before, merged.predicted, how.format(_name(dtype)), limit, notes)
 
 
 def _computed_in(quantised: Mapping[str, nn.Module]) -> torch.dtype:

@@ -14,8 +14,8 @@ from adapters._attach import using
 from adapters._errors import AdapterError
 from adapters._evaluating import evaluating
 from adapters._merge.allowed import Merging
-from adapters._merge.certificate import relative
-from adapters._merge.prompts import Answer, answers
+from adapters._merge.certificate import Certificate, PromptError, SiteError, relative, require_near
+from adapters._merge.prompts import Answer, answers, compared
 from adapters._sites import example_inputs
 
 ROWS, TOKENS = 2, 32  # of a site's input that are kept for comparison
@@ -56,6 +56,41 @@ def adapted(
     comparable = all(base[key].shape == output[key].shape for key in output)
     effect = apart(base, output) if comparable else 1.0
     return Adapted(inputs, output, at_sites, outputs, effect, said)
+
+
+@dataclass(frozen=True)
+class Found:
+    """How far a merged model is from the adapted one: of its outputs, of each called site's, and on prompts."""
+
+    error: float
+    seen: Mapping[str, float]
+    prompts: tuple[PromptError, ...]
+
+    def require_within(self, merging: Merging, limit: float) -> None:
+        """Refuses more than the limit, with AdapterError."""
+        require_near(merging.name, self.error, self.prompts, limit)
+
+    def certificate(
+        self,
+        merging: Merging,
+        before: Adapted,
+        predicted: Mapping[str, float],
+        how: str,
+        limit: float,
+        notes: Sequence[str],
+    ) -> Certificate:
+        sites = tuple(SiteError(path, rounding, self.seen.get(path)) for path, rounding in predicted.items())
+        wrote = [f"wrote {merging.tokens}"] if merging.tokens is not None else []
+        said = (*wrote, *notes)
+        return Certificate(merging.name, how, self.error, before.effect, limit, sites, said, self.prompts)
+
+
+def beside(model: nn.Module, before: Adapted, tokenizer: Any) -> Found:
+    """Runs the merged model on what the adapted one was run on."""
+    error = apart(model_outputs(model, before.inputs), before.output)
+    after = outputs_at(model, before.at_sites)
+    seen = {path: relative(y, before.outputs[path]) for path, y in after.items()}
+    return Found(error, seen, compared(model, tokenizer, before.said))
 
 
 def probe_inputs(model: nn.Module, merging: Merging) -> dict[str, Any]:
