@@ -304,7 +304,7 @@ def test_a_hub_id_fetches_only_our_files(folder: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert adapters.inspect("org/name").name == "fr.v2"
-    ours = [WEIGHTS, CONFIG, RECORD, CARD, PARTS, *hub.NAMES, "part-*/*"]
+    ours = [WEIGHTS, CONFIG, RECORD, CARD, PARTS, "adapter_model.bin", *hub.NAMES, "part-*/*"]
     assert asked == {"repository": "org/name", "revision": None, "patterns": ours}
     adapters.inspect("hub:org/name@v2")
     assert asked == {"repository": "org/name", "revision": "v2", "patterns": ours}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from laws import shake
+from laws import shake, shake_trained
 from safetensors.torch import load_file, save_file
 from test_interop_peft import by_peft, logits, refused, same
 
@@ -196,6 +197,25 @@ def test_configurations_of_every_release_are_read(release: str, tmp_path: Path) 
         model = tiny.build(name)
         adapters.load(model, tmp_path / label, name="fr")
         same(logits(model), expected)
+
+
+@pytest.mark.parametrize("label", ["patterns", "biases", "a saved head", "ia3", "prefix", "experts", "tokens"])
+def test_what_peft_pickled_is_read_as_data(label: str, tmp_path: Path) -> None:
+    """`adapter_model.bin`, PEFT's file before 0.6: torch.save of the same names and tensors."""
+    name, config = LOADS[label]
+    model = peft.get_peft_model(tiny.build(name), config()).eval()
+    shake_trained(model)
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not (tmp_path / WEIGHTS).exists()
+    expected, loaded = logits(model), tiny.build(name)
+    report = adapters.load(loaded, tmp_path, name="fr")
+    assert any("nothing of it was unpickled" in note for note in report.notes)
+    same(logits(loaded), expected)
+    assert adapters.inspect(tmp_path).files["adapter_model.bin"] > 1000
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(print))
+    refused(name, tmp_path, "adapter_model.bin is a pickle outside a zip")
+    (tmp_path / "adapter_model.bin").unlink()
+    refused(name, tmp_path, "adapter_model.safetensors is missing, and so is adapter_model.bin")
 
 
 def test_no_field_of_todays_configurations_is_missing_from_the_list() -> None:

@@ -11,7 +11,7 @@ from adapters._selection import from_record
 from adapters._store import commit, hub
 from adapters._store.bundle import CONFIG, OWNED, RECORD, method_record
 from adapters._store.parts import part_folder, record_in
-from adapters._store.reading import peft_files, resolve
+from adapters._store.reading import PICKLED, peft_files, resolve
 from adapters._store.record import decode
 from adapters._store.reports import AdapterInfo
 
@@ -31,6 +31,7 @@ def inspect(folder: str | os.PathLike[str]) -> AdapterInfo:
     with commit.reading(place) as view:
         files = {name: view.size(name) for name in OWNED if name in view}
         if RECORD not in view:
+            files |= {PICKLED: view.size(PICKLED)} if PICKLED in view else {}
             return _inspect_peft(place, view, files)
         bundle = decode(view)
     base = {key: str((bundle.base or {}).get(key) or "") for key in ("name", "class", "model_type")}

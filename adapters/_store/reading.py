@@ -14,12 +14,13 @@ from adapters._attach import state_of
 from adapters._errors import AdapterError, DamagedAdapter
 from adapters._interop.peft_read import parse_config, understand
 from adapters._sites import sites
-from adapters._store import commit, hub
+from adapters._store import commit, hub, zipped
 from adapters._store.bundle import CONFIG, OWNED, PARTS, RECORD, WEIGHTS, Bundle, require_finite, versions
 from adapters._store.record import decode
 from adapters._store.weights import parse
 
 LARGEST_CONFIG = 16 << 20  # bytes
+PICKLED = "adapter_model.bin"  # what PEFT wrote before 0.6, and later where it was asked to
 
 
 def read(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Bundle:
@@ -71,7 +72,9 @@ def resolve(folder: str | os.PathLike[str]) -> str:
     try:
         from huggingface_hub import snapshot_download
 
-        return str(snapshot_download(named[2], revision=named[3], allow_patterns=[*OWNED, *hub.NAMES, "part-*/*"]))
+        return str(
+            snapshot_download(named[2], revision=named[3], allow_patterns=[*OWNED, PICKLED, *hub.NAMES, "part-*/*"])
+        )
     except Exception as error:  # the Hub's client has a dozen kinds, from a missing repository to no network
         here = "" if named[1] else f"there is no folder {place} here, and "
         at = f" at {named[3]}" if named[3] else ""
@@ -104,7 +107,9 @@ def _from_others(model: nn.Module | None, place: str, view: commit.View, check: 
     found = understand(config, tensors, model, known)
     name = os.path.basename(os.path.abspath(place))
     notes = [f"written by PEFT for {found.base}." if found.base else "written by PEFT.", *found.notes]
-    digest = hashlib.sha256(view[CONFIG] + view[WEIGHTS]).hexdigest()
+    held = weights_file(view)
+    notes += [f"{PICKLED} was read as data: nothing of it was unpickled."] if held == PICKLED else []
+    digest = hashlib.sha256(view[CONFIG] + view[held]).hexdigest()
     kept: dict[str, Any] = {"map": known, "notes": tuple(notes), "digest": digest}
     return Bundle(name, found.method, found.sites, found.tensors, found.head, tokens=found.tokens, **kept)
 
@@ -112,11 +117,24 @@ def _from_others(model: nn.Module | None, place: str, view: commit.View, check: 
 def peft_files(view: commit.View, check: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of a folder that PEFT wrote."""
     hub.refuse_as_peft(view)
-    if WEIGHTS not in view:
-        raise DamagedAdapter(f"{WEIGHTS} is missing; pickled weights (.bin) are never read.")
+    held = weights_file(view)
     if view.size(CONFIG) > LARGEST_CONFIG:
         raise DamagedAdapter(f"{CONFIG} has {view.size(CONFIG):,} bytes, more than a configuration needs.")
-    config, tensors = parse_config(view[CONFIG]), parse(view[WEIGHTS])
+    content = view[held]
+    config = parse_config(view[CONFIG])
+    tensors = parse(content) if held == WEIGHTS else zipped.parse(content, held)
     if check:
-        require_finite(tensors, WEIGHTS)
+        require_finite(tensors, held)
     return config, tensors
+
+
+def weights_file(view: commit.View) -> str:
+    """The file with the tensors of a folder that PEFT wrote.
+
+    Raises:
+        DamagedAdapter: there is none.
+    """
+    found = next((name for name in (WEIGHTS, PICKLED) if name in view), None)
+    if found is None:
+        raise DamagedAdapter(f"{WEIGHTS} is missing, and so is {PICKLED}.")
+    return found
