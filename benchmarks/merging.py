@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import adapters
-from adapters._attach import adapters_of
 from adapters._merge import exact
+from adapters._merge.allowed import mergeable
 from benchmarks.measure import Pair, Row, Side
 from benchmarks.twins import LORA, NAME, Setting, close, saved, shake
 
@@ -26,10 +26,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}  # of the change, which b
 
 
 def _arithmetic(model: nn.Module) -> nn.Module:
-    adapter = adapters_of(model)[NAME]
+    merging = mergeable(model, NAME)
     with mock.patch.object(exact, "relative", return_value=0.0):
-        merged = exact.merged_parameters(model, adapter)
-    MERGE._apply(model, adapter, merged.new, [])
+        merged = exact.merged_parameters(model, merging)
+    MERGE._apply(model, merging, merged.new, [])
     adapters.detach(model, NAME)
     return model
 
@@ -69,8 +69,8 @@ def _merge(setting: Setting, dtype: torch.dtype) -> Pair:
 def _rounding(setting: Setting) -> Pair:
     model = setting.base(torch.float32)
     adapters.load(model, saved(setting, model, "rounding", "lora", **LORA), name=NAME)
-    adapter = adapters_of(model)[NAME]
-    return Pair(Side(lambda: exact.merged_parameters(model, adapter).predicted, after=lambda found: len(found)))
+    merging = mergeable(model, NAME)
+    return Pair(Side(lambda: exact.merged_parameters(model, merging).predicted, after=lambda found: len(found)))
 
 
 def _certified(setting: Setting) -> Pair:
