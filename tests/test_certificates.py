@@ -197,6 +197,38 @@ def test_a_prompt_whose_logits_move_too_far_refuses_the_merge() -> None:
     assert "fr" in adapters.adapters_of(model)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 3.0, "top_k": 7},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["a"], "min_new_tokens": 3},
+        {"max_new_tokens": 2, "repetition_penalty": 2.0},
+        None,
+    ],
+    ids=str,
+)
+def test_both_are_asked_greedily_whatever_the_models_own_settings_are(settings: dict[str, Any] | None) -> None:
+    model, tokenizer = speaking()
+    expected = adapters.merge(model, "fr", prompts="Water boils", tokenizer=tokenizer)
+    model, _ = speaking()
+    model.generation_config = None if settings is None else type(model.generation_config)(**settings)
+    own = model.generation_config
+    found = adapters.merge(model, "fr", prompts="Water boils", tokenizer=tokenizer)
+    assert found.prompts == expected.prompts
+    assert model.generation_config is own
+
+
+def test_prompts_that_are_no_text_of_this_model_are_refused() -> None:
+    model, tokenizer = speaking()
+    tokenizer.add_tokens(["<later>"])
+    for given, reason in (([3], "3, which is no text"), (["a<later>"], "others than this model's 264")):
+        with pytest.raises(adapters.AdapterError, match=reason):
+            adapters.merge(model, "fr", prompts=given, tokenizer=tokenizer)
+
+
 def test_prompts_without_who_could_answer_are_refused() -> None:
     model, tokenizer = speaking()
     with pytest.raises(adapters.AdapterError, match="prompts need a tokenizer"):
@@ -259,6 +291,7 @@ def test_what_is_no_change_of_weights_is_refused() -> None:
         (None, "name an adapter, or a Stack or Average"),
         (Stack("one", "two"), "would change the base of three"),
         (Stack("one", "four"), "no adapter 'four'"),
+        (Stack(None, None), "names no adapter to merge"),
     ):
         with pytest.raises(adapters.AdapterError, match=reason):
             adapters.merge(model, selection)
@@ -266,6 +299,19 @@ def test_what_is_no_change_of_weights_is_refused() -> None:
     adapters.attach(model, "bottleneck", name="four")
     with pytest.raises(adapters.AdapterError, match="bottleneck does not change weights"):
         adapters.merge(model, Stack("one", "two", "three", "four"))
+
+
+def test_a_head_is_merged_in_a_stack_and_refused_in_an_average() -> None:
+    model, batch = tiny.build("bert_classifier"), tiny.inputs("bert")
+    for seed, (name, head) in enumerate((("one", True), ("two", False))):
+        adapters.attach(model, "lora", name=name, rank=2, head=head)
+        shake(model, name, seed=seed)
+    with pytest.raises(adapters.AdapterError, match="one brings a head, of which an Average takes no part"):
+        adapters.merge(model, Average("one", "two", weights=(0.85, 0.15)))
+    adapters.activate(model, Stack("one", "two"))
+    expected = run(model, batch)
+    adapters.merge(model, Stack("one", "two"))
+    assert apart(run(model, batch), expected) < 1e-5
 
 
 def test_pefts_own_call_merges_several_too() -> None:

@@ -118,6 +118,31 @@ def test_another_merge_does_not_go_on_with_these_files(tmp_path: Path, monkeypat
     assert all(torch.equal(held[name], p) for name, p in model.named_parameters())
 
 
+def test_a_base_that_changed_where_no_fingerprint_looks_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(rank=3)
+    monkeypatch.setattr(merging, "_complete", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        adapters.merge_files(model, "fr", tmp_path / "merged", shard="60KB")
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[17, 3] += 0.5
+    adapters.merge_files(model, "fr", tmp_path / "merged", shard="60KB")
+    adapters.merge(model, "fr")
+    held = content(tmp_path / "merged")
+    assert all(torch.equal(held[name], p) for name, p in model.named_parameters())
+
+
+def test_the_configuration_says_what_the_files_hold(tmp_path: Path) -> None:
+    model = adapted(rank=3).to(torch.bfloat16)  # whose configuration still says float32
+    model.config.architectures = ["Another"]
+    adapters.merge_files(model, "fr", tmp_path / "merged")
+    found = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (found["architectures"], found["dtype"]) == (["LlamaForCausalLM"], "bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+
+
 def test_a_merge_beyond_the_tolerance_leaves_nothing(tmp_path: Path) -> None:
     model = adapted(dtype=torch.bfloat16, rank=3)
     with pytest.raises(adapters.AdapterError, match=r"changes the outputs by .*, more than the tolerance of 1e-09"):

@@ -63,6 +63,8 @@ def mergeable(model: nn.Module, chosen: Selection) -> Merging:
         raise AdapterError(f"{chosen!r} cannot be merged: name an adapter, or a Stack or Average of adapters.")
     selection = expanded(chosen, state.named if state is not None else {})
     names = list(dict.fromkeys(names_in(selection)))
+    if not names:
+        raise AdapterError(f"{chosen!r} names no adapter to merge.")
     for name in names:
         if name not in attached:
             raise AdapterError(f"no adapter {name!r} is attached; attached: {', '.join(attached) or 'none'}.")
@@ -95,6 +97,14 @@ def _check_parts(selection: Part, found: Mapping[str, Adapter]) -> None:
     several = [adapter.name for adapter in found.values() if adapter.head or adapter.tokens is not None]
     if len(found) > 1 and (len(several) > 1 or any(found[name].tokens is not None for name in several)):
         raise AdapterError(f"{', '.join(several)} of {selection!r} bring heads or tokens: merge one after the other.")
+    if several and not isinstance(selection, str) and _averages(selection):
+        raise AdapterError(f"{several[0]} brings a head, of which an Average takes no part: merge it in a Stack.")
+
+
+def _averages(selection: Part) -> bool:
+    if selection is None or isinstance(selection, str):
+        return False
+    return isinstance(selection, Average) or any(map(_averages, selection.parts))
 
 
 def _by_weights(selection: Part) -> bool:

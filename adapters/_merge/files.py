@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from adapters._attach.swap import base_class
 from adapters._errors import AdapterError
 from adapters._merge.allowed import Merging, mergeable
 from adapters._merge.certificate import TOLERANCE, Certificate, of_little_effect
-from adapters._merge.exact import Merged, merge_rows, merged_bias, merged_weight
+from adapters._merge.exact import Merged, dense_dtype, merge_rows, merged_bias, merged_weight
 from adapters._merge.measure import Adapted, adapted, beside
 from adapters._plan.sizes import bytes_in
 from adapters._selection import Part
@@ -128,7 +129,7 @@ def _written(
 ) -> dict[str, float]:
     """Writes the shards that are not there yet; the rounding error of each merged weight."""
     plan = _identity(model, merging, shards)
-    done: dict[str, dict[str, float]] = {}
+    done: dict[str, Any] = {}
     with suppress(OSError, ValueError, KeyError):
         known = json.loads((work / PROGRESS).read_text())
         done = known["done"] if known["plan"] == plan else {}
@@ -136,12 +137,22 @@ def _written(
         shutil.rmtree(work)  # of another merge, or of none
     work.mkdir(parents=True, exist_ok=True)
     for number, shard in enumerate(shards, 1):
-        if shard.file in done and (work / shard.file).is_file():
-            continue
         tell(f"file {number} of {len(shards)}")
-        done[shard.file] = _write(model, merging, held, shard, work)
+        base = _digest(held, shard)
+        if done.get(shard.file, {}).get("base") == base and (work / shard.file).is_file():
+            continue
+        done[shard.file] = {"base": base, "rounding": _write(model, merging, held, shard, work)}
         write_whole(work / PROGRESS, json.dumps({"plan": plan, "done": done}).encode())
-    return {path: error for each in done.values() for path, error in each.items()}
+    return {path: error for each in done.values() for path, error in each["rounding"].items()}
+
+
+def _digest(held: Mapping[str, Tensor], shard: _Shard) -> str:
+    """Of every value of the base in a file, which a fingerprint only samples."""
+    found = hashlib.sha256()
+    for name in shard.names:
+        found.update(name.encode())
+        found.update(held[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _write(
@@ -204,6 +215,8 @@ def _complete(model: Any, merging: Merging, work: Path, shards: list[_Shard], to
     total = sum((work / shard.file).stat().st_size for shard in shards)
     (work / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
     config = copy.deepcopy(model.config)
+    config.architectures = [base_class(model).__name__]
+    config.dtype = dense_dtype(model)  # in which the files are read again
     if merging.bearer.labels:
         put_labels(config, merging.bearer.labels)
     config.save_pretrained(work)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,13 @@ class Answer:
     logits: Tensor
 
 
-def answers(model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> tuple[Answer, ...]:
+def answers(model: nn.Module, tokenizer: Any, prompts: str | Sequence[str]) -> tuple[Answer, ...]:
     """What the model says now.
 
     Raises:
-        AdapterError: there is no tokenizer, or the model generates no text.
+        AdapterError: there is no tokenizer, the model generates no text, or a prompt has no tokens of this model.
     """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         return ()
     lacks = _lacks(model, tokenizer)
@@ -55,27 +57,47 @@ def _lacks(model: nn.Module, tokenizer: Any) -> str:
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str) -> Answer:
-    ids = tuple(int(each) for each in tokenizer(prompt)["input_ids"])
-    if not ids:
-        raise AdapterError(f"the prompt {prompt!r} has no tokens.")
+    if not isinstance(prompt, str):
+        raise AdapterError(f"prompts holds {prompt!r}, which is no text.")
+    found = tokenizer(prompt)["input_ids"]
+    known = model.get_input_embeddings().weight.shape[0]
+    if not found or not all(isinstance(each, int) and 0 <= each < known for each in found):
+        raise AdapterError(f"the prompt {prompt!r} has no tokens, or others than this model's {known:,}.")
+    ids = tuple(found)
     answer = _generated(model, tokenizer, ids)
     return Answer(prompt, ids, answer, _logits(model, ids + answer))
 
 
 def _generated(model: Any, tokenizer: Any, ids: tuple[int, ...]) -> tuple[int, ...]:
-    row = torch.tensor([ids], device=model.device)
-    end = tokenizer.eos_token_id
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    with evaluating(model):
-        made = model.generate(
-            input_ids=row,
-            attention_mask=torch.ones_like(row),
-            max_new_tokens=LONGEST,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad,
-        )
+    from transformers import GenerationConfig
+
+    row, own = torch.tensor([ids], device=model.device), getattr(model, "generation_config", None)
+    end = getattr(own, "eos_token_id", None)
+    end = tokenizer.eos_token_id if end is None else end
+    last = end[-1] if isinstance(end, list) else end
+    pad = last if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # greedy, whatever the model's own settings are: both models are asked alike
+    plain = GenerationConfig(max_new_tokens=LONGEST, do_sample=False, eos_token_id=end, pad_token_id=pad)
+    with evaluating(model), _without_settings(model):
+        made = model.generate(input_ids=row, attention_mask=torch.ones_like(row), generation_config=plain)
     return tuple(made[0, len(ids) :].tolist())
+
+
+@contextmanager
+def _without_settings(model: Any) -> Iterator[None]:
+    """transformers fills a configuration that it is given from the model's own, which is set aside meanwhile."""
+    from transformers import GenerationConfig
+
+    held = "generation_config" in model.__dict__
+    own = model.__dict__.get("generation_config")
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        if held:
+            model.generation_config = own
+        else:
+            del model.generation_config
 
 
 def _logits(model: Any, ids: tuple[int, ...]) -> Tensor:
