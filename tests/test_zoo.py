@@ -88,6 +88,16 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
         lora(target_modules=["query"], trainable_token_indices=[9, 4]),
         "PEFT drops the bias of cls.predictions.decoder",
     ),
+    "tokens at one of two tied ends": (
+        "gemma2",
+        lora(target_modules=["q_proj"], trainable_token_indices={"lm_head": [3, 7]}),
+        "at lm_head alone, which is tied to model.embed_tokens",
+    ),
+    "tokens in another order at the other tied end": (  # which PEFT then does not tie
+        "gemma2",
+        lora(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 7], "lm_head": [7, 3]}),
+        "rows of other tokens in lm_head",
+    ),
     "every bias": ("gpt2", lora(target_modules=["c_attn"], bias="all"), "trained bias of transformer.h.0.attn.c_proj"),
     "tied by force": (
         "gemma2",
@@ -259,6 +269,47 @@ def test_experts_as_peft_kept_them_before_it_knew_how_they_are_stored(release: s
     same(logits(model), logits(changed))
     adapters.export_peft(model, "fr", tmp_path / "today")
     same(logits(peft.PeftModel.from_pretrained(tiny.build(name), tmp_path / "today").eval()), logits(changed))
+
+
+def test_what_peft_takes_for_experts_is_not_written(tmp_path: Path) -> None:
+    """DeepSeek's shared experts and dense layers have the names that its experts had before they were fused."""
+    import transformers as hf
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": None, "kv_lora_rank": 16}
+    dims = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_group": 1, "topk_group": 1}
+    config = hf.DeepseekV3Config(
+        **sizes, **heads, **dims, vocab_size=64, num_hidden_layers=2, first_k_dense_replace=1, num_experts_per_tok=2
+    )
+    model = hf.DeepseekV3ForCausalLM(config).eval()
+    adapters.attach(model, "lora", name="fr", targets=["*.mlp.down_proj", "*shared_experts.down_proj"])
+    shake(model, "fr")
+    with pytest.raises(adapters.AdapterError, match=r"PEFT takes '.*down_proj' for the experts of this model"):
+        adapters.export_peft(model, "fr", tmp_path / "theirs")
+    assert "for the experts" in adapters.save(model, "fr", tmp_path / "ours").peft
+    assert not adapters.check_for(tmp_path / "ours", "peft").works
+    adapters.attach(model, "lora", name="de", targets=["attention.output", "mlp.gate_up"])
+    shake(model, "de")
+    adapters.export_peft(model, "de", tmp_path / "de")
+    expected = logits_of(model)
+    adapters.detach(model)
+    same(logits_of(peft.PeftModel.from_pretrained(model, tmp_path / "de").eval()), expected)
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.arange(14).view(2, 7)).logits
+    return found
+
+
+def test_pefts_own_list_of_these_names_is_the_one_here() -> None:
+    from peft.utils import transformers_weight_conversion as theirs
+
+    from adapters._interop.peft_write import FUSED, UNFUSED
+
+    mapped = theirs._MOE_TARGET_MODULE_MAPPING
+    assert {name for each in mapped.values() for name in each} == set(UNFUSED)
+    assert {name for each in mapped.values() for name in each.values()} == {"gate.weight", FUSED, "down_proj"}
 
 
 def test_every_tensor_of_experts_and_tokens_is_accounted_for(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from adapters.methods.prefix import Prefix
 from adapters.methods.qlora import QLoRA
 
 PEFT = "0.21.2"  # whose format this is; said where formats before it differ
+FUSED, UNFUSED = "gate_up_proj", ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 REGISTRY_TYPE = "ADAPTERS"  # the peft_type of what only this library can read
 TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),
@@ -64,6 +65,9 @@ def express(
     notes: tuple[str, ...] = ()
     if read and own["lora_dropout"]:
         own, notes = {**own, "lora_dropout": 0.0}, ("PEFT has no dropout beside target_parameters: it is 0 there.",)
+    taken = _taken_for_experts(model, modules, own)
+    if taken:
+        return taken
     saved = _heads(head, modules)
     if saved is None:
         return f"PEFT's modules_to_save cannot name {', '.join(head)} alone"
@@ -139,6 +143,22 @@ def _inexpressible(method: LoRA | DoRA | IA3, site: Site, modules: dict[str, nn.
         return "" if alike else f"PEFT computes something else than {method.name!r} does at {site.path}"
     shared = [path for path in site.aliases if isinstance(modules.get(path.rpartition(".")[0]), nn.Linear)]
     return f"{site.path} is also {shared[0]}, and PEFT would adapt only one of the two" if shared else ""
+
+
+def _taken_for_experts(model: nn.Module, modules: Mapping[str, nn.Module], own: Mapping[str, Any]) -> str:
+    """Why PEFT would adapt something else: since 0.19 it takes names of what are experts in checkpoints for experts.
+
+    So it does for types whose experts transformers fuses as it loads them (PEFT's transformers_weight_conversion.py),
+    whatever else has such a name: shared experts, dense feed-forwards.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    fused = any(path.endswith(f".{FUSED}") for path in parameters_of(modules))
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if own["peft_type"] != "LORA" or not fused or kind is None or get_checkpoint_conversion_mapping(kind) is None:
+        return ""
+    found = next((name for name in own["target_modules"] if name.rpartition(".")[2] in UNFUSED), None)
+    return f"PEFT takes {found!r} for the experts of this model, which it keeps under {FUSED}" if found else ""
 
 
 def _heads(head: Sequence[str], modules: dict[str, nn.Module]) -> list[str] | None:
