@@ -529,6 +529,39 @@ def test_a_composition_brings_the_tokens_of_its_parts(tmp_path: Path) -> None:
     assert torch.equal(output(fresh, marked()), output(model, marked()))
 
 
+def test_tokens_that_are_not_special_come_back_as_they_were(tmp_path: Path) -> None:
+    model, there = llama(vocabulary=264), chat.letters(None)
+    adapters.add_tokens(model, there, ["<tool>"])
+    adapters.add_tokens(model, there, ["plain"], special=False)
+    adapters.attach(model, "lora", name="fr", tokens=["plain", "<tool>"], tokenizer=there)
+    shake(model, "fr")
+    adapters.save(model, "fr", tmp_path)
+    fresh, here = llama(vocabulary=264), chat.letters(None)
+    report = adapters.load(fresh, tmp_path, tokenizer=here)
+    assert any("took '<tool>', as special tokens" in note for note in report.notes)
+    assert any("took 'plain'." in note for note in report.notes)
+    for tokenizer in (there, here):
+        assert tokenizer.decode([264, 265, 9], skip_special_tokens=True) == "plain" + tokenizer.decode([9])
+    assert torch.equal(output(fresh, marked()), output(model, marked()))
+
+
+def test_parts_bring_tokens_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """Whatever the parts are called, and however their numbers lie between each other's."""
+    model, tokenizer = llama(vocabulary=264), chat.letters(None)
+    adapters.add_tokens(model, tokenizer, ["<a>", "<b>", "<c>"])
+    for seed, (name, tokens) in enumerate((("zz", ["<a>", "<c>"]), ("aa", ["<b>"]))):
+        adapters.attach(model, "lora", name=name, tokens=tokens, tokenizer=tokenizer)
+        shake(model, name, seed=seed)
+    adapters.compose(model, "both", adapters.Stack("zz", "aa"))
+    adapters.activate(model, "both")
+    adapters.save(model, "both", tmp_path)
+    fresh, here = llama(vocabulary=264), chat.letters(None)
+    adapters.load(fresh, tmp_path, tokenizer=here)
+    batch = {"input_ids": torch.tensor([[5, 264, 9, 265, 266]])}
+    assert torch.equal(output(fresh, batch), output(model, batch))
+    assert here.get_vocab() == tokenizer.get_vocab()
+
+
 def test_tokens_without_texts_need_a_base_that_has_them(tmp_path: Path) -> None:
     model, tokenizer = llama(vocabulary=264), chat.letters(None)
     adapters.attach(model, "lora", name="fr", tokens=[7, 9])

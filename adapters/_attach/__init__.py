@@ -22,7 +22,7 @@ from adapters._attach.labels import labels_of, put_labels, set_labels
 from adapters._attach.report import AttachReport
 from adapters._attach.state import Adapter, adapters_of, state_of, unwrapped
 from adapters._attach.tables import owners, require_rows, table_of, table_paths
-from adapters._attach.tokens import Tokens
+from adapters._attach.tokens import PLAIN_TOKENS, Tokens
 from adapters._attach.verbs import activate, attach, compose, detach, make_method, using
 from adapters._attach.weights import base_weight
 
@@ -31,6 +31,7 @@ __all__ = [
     "AttachReport",
     "Given",
     "SelectionReport",
+    "PLAIN_TOKENS",
     "Tokens",
     "activate",
     "adapters_of",

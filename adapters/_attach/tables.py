@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach.inputs import input_embeddings
-from adapters._attach.tokens import Tokens
+from adapters._attach.tokens import PLAIN_TOKENS, Tokens
 from adapters._errors import AdapterError, nearest
 from adapters._fourbit import is_quantized
 from adapters._heads import output_embeddings
@@ -36,6 +36,17 @@ def chosen_tokens(model: nn.Module, wanted: Wanted | None, tokenizer: Any) -> To
     found = Tokens(tuple(ids), tuple(texts.get(number, "") for number in ids), table_paths(model))
     require_rows(model, found)
     return found
+
+
+def plain_tokens(tokens: Tokens, tokenizer: Any) -> dict[str, object]:
+    """The fact that names the tokens that were added without being special, where there are such."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    plain = [
+        text
+        for number, text in zip(tokens.ids, tokens.texts, strict=True)
+        if number in added and not getattr(added[number], "special", True)
+    ]
+    return {PLAIN_TOKENS: plain} if plain else {}
 
 
 def _id(token: str | int, known: Mapping[str, int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PLAIN_TOKENS = "plain_tokens"  # the fact that names those that the tokenizer does not hold as special
 ROWS = "tokens.rows"  # the name of an adapter's rows at a table; no tensor of a method can have a dot in its own
 
 

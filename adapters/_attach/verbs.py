@@ -22,7 +22,7 @@ from adapters._attach.report import AttachReport, describe, in_short
 from adapters._attach.start import prefix_start
 from adapters._attach.state import State, adapters_of, choosing, state_of, unwrapped
 from adapters._attach.swap import base_class
-from adapters._attach.tables import Wanted, check_heads, chosen_tokens, first_rows, owners
+from adapters._attach.tables import Wanted, check_heads, chosen_tokens, first_rows, owners, plain_tokens
 from adapters._attach.tokens import Tokens
 from adapters._attach.weights import base_weight, bias_notes
 from adapters._contract import (
@@ -113,6 +113,7 @@ def attach(
         parameters = bare_copy(model.get_submodule(path)).named_parameters()
         tensors.update({f"{path}:head.{key}": p.detach().to(dtype).clone() for key, p in parameters})
     tensors.update(first_rows(model, rows) if rows is not None else {})
+    facts |= plain_tokens(rows, tokenizer) if rows is not None else {}
     kept: dict[str, Any] = {"facts": facts, "labels": labels_of(model), "map": found, "tokens": rows}
     install(model, name, chosen_method, chosen, tensors, head=heads, trainable=True, **kept)
     notes += freeze_parts(model, chosen_method)

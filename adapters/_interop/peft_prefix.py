@@ -12,6 +12,7 @@ from adapters._contract import KeyValueSite, Site
 from adapters._errors import AdapterError, DamagedAdapter
 from adapters._interop.files import Stored
 from adapters._interop.folder import FromPeft, trained_heads
+from adapters._interop.prefix_proof import require_as_cached
 from adapters._sites import SiteMap
 from adapters.methods.prefix import Prefix
 
@@ -75,8 +76,10 @@ def read_prefix(config: Mapping[str, Any], tensors: dict[str, Tensor], model: nn
         ours[f"{site.path}:keys"] = _by_head(keys, site)
         ours[f"{site.path}:values"] = _by_head(values, site)
     shifted: Literal["shifted"] = "shifted"
+    method = Prefix(length=length, positions=shifted)
+    require_as_cached(model, method, layers, ours)
     return FromPeft(
-        Prefix(length=length, positions=shifted),
+        method,
         tuple(layers),
         head,
         ours | trained,

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from adapters._attach import Tokens, table_of
+from adapters._attach import PLAIN_TOKENS, table_of
 from adapters._errors import AdapterError
 from adapters._resize import remembered
+from adapters._store.bundle import Bundle
 from adapters._tokens import add_tokens
 
-Bring = Callable[[Tokens | None], tuple[str, ...]]
+Bring = Callable[[Iterable[Bundle]], tuple[str, ...]]
 
 
 @contextmanager
 def carrying(model: nn.Module, tokenizer: Any) -> Iterator[Bring]:
-    """What gives the model the rows of an adapter's tokens, and says so; undone where what follows fails.
+    """What gives the model the rows of adapters' tokens, and says so; undone where what follows fails.
 
     The tokenizer takes the tokens at the end, when nothing can fail any more.
 
@@ -27,25 +28,24 @@ def carrying(model: nn.Module, tokenizer: Any) -> Iterator[Bring]:
         tokenizer: None leaves both as they are.
     """
     undo: list[Callable[[], None]] = []
-    brought: list[str] = []
+    brought: dict[str, bool] = {}  # by text, whether it is special
     scratch = copy.deepcopy(tokenizer)
 
-    def bring(tokens: Tokens | None) -> tuple[str, ...]:
-        if tokens is None or scratch is None:
-            return ()
-        known = scratch.get_vocab()
-        fresh = [text for text in tokens.texts if text not in known]
-        _require_numbers(scratch, tokens, fresh)
-        short = [path for path in tokens.tables if _rows(model, path) <= tokens.ids[-1]]
+    def bring(bundles: Iterable[Bundle]) -> tuple[str, ...]:
+        held = [bundle for bundle in bundles if bundle.tokens is not None] if scratch is not None else []
+        wanted = _by_number(held)
+        plain = {str(text) for bundle in held for text in _listed(bundle.facts.get(PLAIN_TOKENS))}
+        known = scratch.get_vocab() if held else {}
+        fresh = {text: text not in plain for text in wanted.values() if text not in known}
+        _add(scratch, fresh)
+        _require_numbers(scratch, wanted)
+        tables = dict.fromkeys(path for bundle in held if bundle.tokens is not None for path in bundle.tokens.tables)
+        short = [path for path in tables if _rows(model, path) <= max(wanted)]
         if short:
             undo.append(remembered(model))
-            add_tokens(model, scratch, tokens.texts)
-        elif fresh:
-            scratch.add_tokens(fresh, special_tokens=True)
-        brought.extend(fresh)
-        notes = [f"the tokenizer took {', '.join(map(repr, fresh))}, as special tokens."] if fresh else []
-        notes += [f"{path} has {_rows(model, path):,} rows now." for path in short]
-        return tuple(notes)
+            add_tokens(model, scratch, wanted.values())
+        brought.update(fresh)
+        return (*_said(fresh), *(f"{path} has {_rows(model, path):,} rows now." for path in short))
 
     try:
         yield bring
@@ -53,8 +53,41 @@ def carrying(model: nn.Module, tokenizer: Any) -> Iterator[Bring]:
         for each in reversed(undo):
             each()
         raise
-    if brought:
-        tokenizer.add_tokens(brought, special_tokens=True)
+    _add(tokenizer, brought)
+
+
+def _add(tokenizer: Any, texts: dict[str, bool]) -> None:
+    for text, special in texts.items():
+        tokenizer.add_tokens([text], special_tokens=special)
+
+
+def _said(fresh: dict[str, bool]) -> Iterator[str]:
+    for special, how in ((True, ", as special tokens"), (False, "")):
+        texts = [text for text, is_special in fresh.items() if is_special == special]
+        if texts:
+            yield f"the tokenizer took {', '.join(map(repr, texts))}{how}."
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _by_number(bundles: Iterable[Bundle]) -> dict[int, str]:
+    """The texts of all tokens by ascending number."""
+    found: dict[int, str] = {}
+    for bundle in bundles:
+        tokens = bundle.tokens
+        if tokens is None:
+            continue
+        if not all(tokens.texts):
+            raise AdapterError(
+                f"the adapter does not say what its tokens {tokens.named()} are: add them with adapters.add_tokens, "
+                "and load without tokenizer=."
+            )
+        for number, text in zip(tokens.ids, tokens.texts, strict=True):
+            if found.setdefault(number, text) != text:
+                raise AdapterError(f"token {number} is {found[number]!r} in one part and {text!r} in another.")
+    return dict(sorted(found.items()))
 
 
 def _rows(model: nn.Module, path: str) -> int:
@@ -64,17 +97,10 @@ def _rows(model: nn.Module, path: str) -> int:
     return int(table.shape[0])
 
 
-def _require_numbers(tokenizer: Any, tokens: Tokens, fresh: list[str]) -> None:
-    """Refuses a tokenizer in which the adapter's tokens have, or would get, other numbers."""
-    if not all(tokens.texts):
-        raise AdapterError(
-            f"the adapter does not say what its tokens {tokens.named()} are: add them with adapters.add_tokens, and "
-            "load without tokenizer=."
-        )
-    grown = copy.deepcopy(tokenizer)
-    grown.add_tokens(fresh, special_tokens=True)
-    numbers = grown.get_vocab()
-    for number, text in zip(tokens.ids, tokens.texts, strict=True):
+def _require_numbers(grown: Any, wanted: dict[int, str]) -> None:
+    """Refuses a tokenizer in which the adapters' tokens have, or would get, other numbers."""
+    numbers = grown.get_vocab() if wanted else {}
+    for number, text in wanted.items():
         if numbers.get(text) != number:
             raise AdapterError(
                 f"the tokenizer gives {text!r} the number {numbers.get(text)}, and the adapter was trained with "

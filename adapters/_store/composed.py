@@ -158,7 +158,7 @@ def _load_parts(
     """Loads the parts that are not attached yet, inactive; their names go into `added`."""
     reports = []
     bundles = {part: _part(place, part, entry, model) for part, entry in record["parts"].items()}
-    notes = [note for bundle in bundles.values() for note in bring(bundle.tokens)]  # the base of all of them has these
+    notes = bring(bundles.values())  # the base of all of them has these
     for part, bundle in bundles.items():
         if not _attached_alike(model, part, bundle):
             trains = trainable and record["selection"] is not None

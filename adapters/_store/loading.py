@@ -28,7 +28,7 @@ def load(
     trainable: bool = False,
     activate: bool = True,
     force: Force | None = None,
-    bring: Bring = lambda tokens: (),
+    bring: Bring = lambda bundles: (),
 ) -> LoadReport:
     """`adapters.load` for what is no composition.
 
@@ -36,7 +36,7 @@ def load(
         bring: gives the model the rows of new tokens, and returns what to say of that.
     """
     bundle = opened(source, model)
-    brought = bring(bundle.tokens)
+    brought = bring([bundle])
     base = check_base(model, bundle, force)
     chosen = name if name is not None else bundle.name
     notes = (*brought, *notes_on(model, bundle))

@@ -8,17 +8,19 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from adapters._attach import Adapter, adapters_of, state_of, tensors_of
+from adapters._attach import Adapter, adapters_of, state_of, tensors_of, unwrapped
+from adapters._contract import KeyValueSite
 from adapters._errors import AdapterError, DamagedAdapter, nearest
 from adapters._interop.files import PeftFiles
 from adapters._interop.peft_tokens import with_tokens
 from adapters._interop.peft_write import express, marker
+from adapters._interop.prefix_proof import require_alike
 from adapters._sharded import is_sharded, require_gatherable, whole, writes
 from adapters._store import commit
 from adapters._store.bundle import CARD, CONFIG, OWNED, RECORD, WEIGHTS, Bundle, method_record, require_finite
@@ -71,6 +73,8 @@ def export_peft(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> 
     expressed = _in_pefts_words(model, adapter, list(tensors), base_name(model))
     if isinstance(expressed, str):
         raise AdapterError(f"{name!r} cannot be written for stock PEFT: {expressed}.")
+    if adapter.method.kind == "keyvalue":
+        require_alike(unwrapped(model), name, cast(Sequence[KeyValueSite], adapter.sites), tensors)
     two = {CONFIG: expressed.config, WEIGHTS: _weights(expressed.stored(tensors))}
     if writes(tensors_of(model, name).values()):
         commit.write(folder, two, set(two))
