@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -237,7 +238,9 @@ def test_new_tokens_are_written_with_the_model_and_its_tokenizer(tied: bool, tmp
     sizes = {key: getattr(tiny.build("llama").config, key) for key in SIZES}
     model = LlamaForCausalLM(LlamaConfig(**{**sizes, "vocab_size": 264, "tie_word_embeddings": tied}))
     writer, base = gguf.GGUFWriter(tmp_path / "base.gguf", "llama"), tmp_path / "base.gguf"
-    writer.add_token_list([f"w{i}" for i in range(264)])
+    tokenizer = chat.letters(None)
+    special = {number: text for text, number in tokenizer.get_vocab().items() if number >= 256}
+    writer.add_token_list([special.get(i, f"w{i}") for i in range(264)])
     writer.add_token_scores([-float(i) for i in range(264)])
     writer.add_token_types([1] * 264)
     writer.add_vocab_size(264)
@@ -248,18 +251,17 @@ def test_new_tokens_are_written_with_the_model_and_its_tokenizer(tied: bool, tmp
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    tokenizer = chat.letters(None)
     adapters.add_tokens(model, tokenizer, ["<tool>", "<out>"])
     adapters.add_tokens(model, tokenizer, ["plain"], special=False)
     model.resize_token_embeddings(268, mean_resizing=False)  # a row that no token belongs to
     with pytest.raises(adapters.AdapterError, match=r"the model has 268 tokens and base.gguf 264: pass tokenizer="):
         adapters.export_model(model, tmp_path / "merged.gguf", base, "float32")
     report = adapters.export_model(model, tmp_path / "merged.gguf", base, "float32", tokenizer)
-    assert report.tokens == ("<tool>", "<out>", "plain", "[PAD267]")
-    assert "4 new tokens" in str(report)
+    assert report.tokens == ("<tool>", "<out>", "plain")
+    assert "3 new tokens" in str(report)
     reader, held = read(tmp_path / "merged.gguf")
     field = {key: reader.get_field(key).contents() for key in FIELDS}
-    assert field["tokenizer.ggml.tokens"][262:] == ["w262", "w263", "<tool>", "<out>", "plain", "[PAD267]"]
+    assert field["tokenizer.ggml.tokens"][262:] == [special[262], special[263], "<tool>", "<out>", "plain", "[PAD267]"]
     kind = gguf.TokenType
     assert field["tokenizer.ggml.token_type"][263:] == [1, kind.CONTROL, kind.CONTROL, kind.USER_DEFINED, kind.UNUSED]
     assert field["tokenizer.ggml.scores"][262:] == [-262.0, -263.0, *[-1000.0] * 4]
@@ -271,6 +273,46 @@ def test_new_tokens_are_written_with_the_model_and_its_tokenizer(tied: bool, tmp
         model.model.embed_tokens.weight[:264] = torch.randn(264, tiny.HIDDEN)
     with pytest.raises(adapters.AdapterError, match="the file is of another base"):
         adapters.export_model(model, tmp_path / "other.gguf", base, "float32", tokenizer)
+
+
+def test_tokens_in_rows_that_were_spare_are_named(tmp_path: Path) -> None:
+    """As in bases whose tables are padded: the file has entries for them that no token belongs to."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {key: getattr(tiny.build("llama").config, key) for key in SIZES}
+    torch.manual_seed(0)
+    model, tokenizer = LlamaForCausalLM(LlamaConfig(**{**sizes, "vocab_size": 268})), chat.letters(None)
+    writer, base = gguf.GGUFWriter(tmp_path / "base.gguf", "llama"), tmp_path / "base.gguf"
+    numbers = {number: text for text, number in tokenizer.get_vocab().items()}
+    kind = gguf.TokenType
+    writer.add_token_list([*(numbers[i] for i in range(264)), *(f"[PAD{i}]" for i in range(264, 268))])
+    writer.add_token_types([*[int(kind.NORMAL)] * 264, *[int(kind.UNUSED)] * 4])
+    for name, w in expected(model).items():
+        writer.add_tensor(name, w.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert adapters.export_model(model, tmp_path / "plain.gguf", base, "float32", tokenizer).tokens == ()
+    adapters.add_tokens(model, tokenizer, ["<tool>", "<out>"])
+    report = adapters.export_model(model, tmp_path / "merged.gguf", base, "float32", tokenizer)
+    assert report.tokens == ("<tool>", "<out>")
+    reader, _ = read(tmp_path / "merged.gguf")
+    assert reader.get_field("tokenizer.ggml.tokens").contents()[263:] == [
+        numbers[263],
+        "<tool>",
+        "<out>",
+        "[PAD266]",
+        "[PAD267]",
+    ]
+    found = reader.get_field("tokenizer.ggml.token_type").contents()[263:]
+    assert found == [kind.NORMAL, kind.CONTROL, kind.CONTROL, kind.UNUSED, kind.UNUSED]
+    other = chat.letters(None)
+    other.add_tokens(["<tool>"], special_tokens=True)
+    described = json.loads(other.backend_tokenizer.to_str().replace("<|im_end|>", "<|tm_end|>"))
+    other._tokenizer = type(other.backend_tokenizer).from_str(json.dumps(described))
+    with pytest.raises(adapters.AdapterError, match=r"in base.gguf and .* in the tokenizer: it is of another base"):
+        adapters.export_model(model, tmp_path / "other.gguf", base, "float32", other)
 
 
 def test_norms_that_are_stored_as_one_more_are_recognised(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def export_model(
     sources = {layout.name(path): path for path in held}
     tables = table_paths(model)
     added = new_tokens(base, held[tables[0]].shape[0], tokenizer)
-    new = dict.fromkeys(tables, len(added.texts))
+    new = dict.fromkeys(tables, added.added)
     missing = sources.keys() - base.tensors.keys()
     if missing:
         raise AdapterError(f"{base.path.name} has no {min(missing)}, which this model has: it is of another base.")
@@ -120,7 +120,7 @@ def export_model(
 
     size = write_gguf(file, layout.architecture, fill, check)
     return ModelReport(
-        str(Path(file)), layout.architecture, len(base.tensors), max(differences), copied, dtype, size, added.texts
+        str(Path(file)), layout.architecture, len(base.tensors), max(differences), copied, dtype, size, added.named
     )
 
 

@@ -48,12 +48,20 @@ def require_alike(model: nn.Module, name: str, sites: Sequence[KeyValueSite], te
         raise AdapterError("PEFT's prefixes are for models that read input_ids.")
     length = next(iter(tensors.values())).shape[1]
     pairs = [(tensors[f"{site.path}:keys"], tensors[f"{site.path}:values"]) for site in sites]
-    with evaluating(model):
-        with using(model, None):
-            base = _logits(model(input_ids=ids))
-            cached = _cached(model, ids, length, pairs)
-        with using(model, name):
-            ours = _logits(model(input_ids=ids))
+    try:
+        with evaluating(model):
+            with using(model, None):
+                base, cached = _logits(model(input_ids=ids)), _cached(model, ids, length, pairs)
+            with using(model, name):
+                ours = _logits(model(input_ids=ids))
+    except AdapterError:
+        raise
+    except Exception as error:  # whatever a model may raise that has another cache, or none
+        what = str(error).splitlines()[0][:120] if str(error) else ""
+        raise AdapterError(
+            f"this {type(model).__name__} takes no prefix in its key-value cache, which is how PEFT gives it: "
+            f"{type(error).__name__}: {what}"
+        ) from error
     error, effect = ((found - cached).norm() / cached.norm() for found in (ours, base))
     close = CLOSE.get(next(model.parameters()).dtype, NOISY)
     if not error <= close or error > PART * effect > 0:
@@ -68,18 +76,11 @@ def _cached(model: nn.Module, ids: Tensor, length: int, pairs: Sequence[tuple[Te
 
     rows, cache = ids.shape[0], DynamicCache()
     parameter = next(model.parameters())
-    try:
-        for layer, pair in enumerate(pairs):
-            keys, values = (part.detach().to(parameter)[None].expand(rows, *part.shape) for part in pair)
-            cache.update(keys, values, layer)
-        mask = torch.ones(rows, length + ids.shape[1], dtype=torch.long, device=ids.device)
-        found: Any = model(input_ids=ids, attention_mask=mask, past_key_values=cache)
-        return _logits(found)
-    except Exception as error:  # whatever a model may raise that has another cache
-        raise AdapterError(
-            f"this {type(model).__name__} takes no prefix in its key-value cache, which is how PEFT gives it: "
-            f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-        ) from error
+    for layer, pair in enumerate(pairs):
+        keys, values = (part.detach().to(parameter)[None].expand(rows, *part.shape) for part in pair)
+        cache.update(keys, values, layer)
+    mask = torch.ones(rows, length + ids.shape[1], dtype=torch.long, device=ids.device)
+    return _logits(model(input_ids=ids, attention_mask=mask, past_key_values=cache))
 
 
 def _logits(output: Any) -> Tensor:
