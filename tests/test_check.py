@@ -82,7 +82,8 @@ def changed(folder: Path, **fields: Any) -> Path:
     """A folder of PEFT's own with these fields in its configuration."""
     (folder / "adapter.json").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    config = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     return folder
 
 
@@ -91,6 +92,7 @@ VLLM: dict[str, tuple[dict[str, Any], str, str]] = {
     "patterns": ({"alpha_pattern": {"q_proj": 3}}, "to do", "vLLM 0.32 or newer"),
     "a pattern's rank": ({"rank_pattern": {"q_proj": 40}}, "to do", "--max-lora-rank 64"),
     "the configuration's rank": ({"r": 100}, "to do", "--max-lora-rank 128"),
+    "fields that are missing": ({"r": None}, "refused", "lacks r"),
     "too large a rank": ({"r": 600}, "refused", "above 512"),
     "pissa": ({"init_lora_weights": "pissa"}, "refused", "'pissa'"),
     "drawn": ({"init_lora_weights": "gaussian"}, "", ""),
@@ -107,6 +109,14 @@ def test_vllm_decides_by_these_fields(case: str, tmp_path: Path) -> None:
     found = adapters.check_for(changed(saved(tmp_path / "fr", "lora", rank=4), **fields), "vllm").findings
     assert [each.verdict for each in found] == [verdict] * (verdict != "" and len(found))
     assert words in "".join(map(str, found))
+
+
+def test_peft_makes_tensors_of_the_rank_that_it_is_told(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "fr", "lora", rank=4)
+    assert adapters.check_for(changed(folder), "peft").works
+    found = adapters.check_for(changed(folder, r=6), "peft")
+    assert not found.works
+    assert "rank 6 in the configuration and 4 at model.layers.0" in str(found)
 
 
 def test_experts_and_heads_of_bases_in_vllm(tmp_path: Path) -> None:

@@ -312,6 +312,43 @@ def test_pefts_own_list_of_these_names_is_the_one_here() -> None:
     assert {name for each in mapped.values() for name in each.values()} == {"gate.weight", FUSED, "down_proj"}
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lora_alpha", "4"),
+        ("lora_alpha", float("inf")),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", 10**400),
+        ("lora_alpha", True),
+        ("lora_dropout", "x"),
+        ("r", "4"),
+        ("r", 4.0),
+        ("use_rslora", "x"),
+        ("rank_pattern", {"q_proj": "x"}),
+        ("rank_pattern", [2]),
+        ("alpha_pattern", {"q_proj": None}),
+        ("modules_to_save", 4),
+        ("modules_to_save", [None]),
+        ("peft_version", 0),
+        ("trainable_token_indices", "x"),
+        ("trainable_token_indices", [7, -3]),
+        ("trainable_token_indices", [7, 3.9]),
+        ("trainable_token_indices", [7, True]),
+        ("trainable_token_indices", [7, 7]),
+        ("trainable_token_indices", {"embed_tokens": "37"}),
+    ],
+)
+def test_values_of_other_types_are_refused_in_a_sentence(field: str, value: Any, tmp_path: Path) -> None:
+    by_peft("llama", tmp_path, lora(target_modules=["q_proj"], trainable_token_indices=[3, 8])())
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, field: value}))
+    refused("llama", tmp_path, f"{CONFIG} sets {field} to ")
+    if field != "trainable_token_indices":
+        for program in ("peft", "vllm", "llama.cpp", "mistralrs", "mlx"):
+            with pytest.raises(adapters.DamagedAdapter):
+                adapters.check_for(tmp_path, program)
+
+
 def test_every_tensor_of_experts_and_tokens_is_accounted_for(tmp_path: Path) -> None:
     by_peft("qwen3_moe", tmp_path, lora(target_parameters=EXPERTS, trainable_token_indices=[3, 8])())
     whole = load_file(tmp_path / WEIGHTS)

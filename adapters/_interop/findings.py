@@ -82,5 +82,5 @@ def not_lora(held: Held, dora: bool = False) -> Iterator[Finding]:
         yield Finding("refused", what, remedy)
     if held.config.get("use_dora") and not dora:
         yield Finding("refused", "DoRA", MERGE)
-    if held.config.get("lora_bias") or held.config.get("bias", "none") != "none":
+    if held.config.get("lora_bias") or held.config.get("bias") not in (None, "none"):
         yield Finding("refused", "trained biases", MERGE)

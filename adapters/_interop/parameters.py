@@ -84,7 +84,7 @@ def take_parameters(
             )
         found[path] = ours
     square = [path for path in found if places[path].experts is not None and places[path].n_in == places[path].n_out]
-    return found, (ASSUMED.format(square[0]),) if square and not version else ()
+    return found, (ASSUMED.format(square[0]),) if square and _version(version) == (0, 0) else ()
 
 
 def _from_stored(site: WeightSite, a: Tensor, b: Tensor, module: nn.Module, version: str) -> dict[str, Tensor] | None:

@@ -50,7 +50,42 @@ def parse_config(raw: bytes) -> dict[str, Any]:
         raise DamagedAdapter(f"{CONFIG} is truncated or damaged: it is not JSON.") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise DamagedAdapter(f"{CONFIG} does not name a PEFT type.")
+    for field, (fits, wanted) in TYPES.items():
+        if config.get(field) is not None and not fits(config[field]):
+            raise DamagedAdapter(f"{CONFIG} sets {field} to {str(config[field])[:60]!r}; it must be {wanted}.")
     return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30  # NaN is not
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _by_name(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+# what PEFT's own dataclasses annotate and never check
+TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), (_is_number, "a number")),
+    **dict.fromkeys(("r", "num_virtual_tokens", "num_layers"), (_is_count, "a whole number above 0")),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (_is_flag, "true or false")),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (_are_names, "a list of names")),
+    "rank_pattern": (_by_name(_is_count), "whole numbers above 0 by name"),
+    "alpha_pattern": (_by_name(_is_number), "numbers by name"),
+    "peft_version": (lambda value: isinstance(value, str), "a text"),
+}
 
 
 def understand(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module, sites: SiteMap) -> FromPeft:
@@ -67,7 +102,9 @@ def understand(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: 
     _refuse_options(config, neutral)
     try:
         return read(config, dict(tensors), model, sites)
-    except (KeyError, TypeError, AttributeError, re.error) as error:
+    except AdapterError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, re.error) as error:
         raise DamagedAdapter(f"{CONFIG} lacks a field or holds one of another type: {error}.") from error
 
 

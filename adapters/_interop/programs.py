@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from adapters._interop.findings import MERGE, Finding, Held, not_lora
+from adapters._interop.folder import PREFIX
+from adapters._interop.patterns import pattern_value
 from adapters._interop.vllm_rules import vllm
 
 
 def _peft(held: Held) -> Iterator[Finding]:
     if held.config.get("peft_type") not in (None, "ADAPTERS"):
+        yield from _other_rank(held) if held.is_lora else ()
         return
     what = f"PEFT cannot read this folder, of the method {held.method}"
     if held.method in ("lora", "qlora", "prefix"):
@@ -21,6 +24,19 @@ def _peft(held: Held) -> Iterator[Finding]:
         yield Finding("refused", what, remedy)
     else:
         yield Finding("refused", what, "load it with this library, or merge it")
+
+
+def _other_rank(held: Held) -> Iterator[Finding]:
+    """PEFT makes tensors of the configuration's rank (8 where it is silent), and the file's must fit."""
+    for key in held.holding(".lora_A.weight"):
+        owner = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        if "experts" in owner or owner.endswith(".base_layer"):
+            continue  # side by side in one tensor
+        said = pattern_value(held.config.get("rank_pattern") or {}, owner, held.config.get("r") or 8)
+        if held.tensors[key].shape[0] != said:
+            what = f"rank {said} in the configuration and {held.tensors[key].shape[0]} at {owner}"
+            yield Finding("refused", what, "write the file's rank into the configuration")
+            return
 
 
 def _plain(held: Held, dora: bool = False) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from adapters._interop.findings import MERGE, Finding, Held, not_lora
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank may be; 16 where it is not given
 USUAL = 16
+REQUIRED = ("r", "lora_alpha", "target_modules")  # target_modules may be null
 STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # those that leave the base's weights as they are
 UNKNOWN = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
 HEADS = {"score", "classifier"}
@@ -47,6 +48,9 @@ def vllm(held: Held) -> Iterator[Finding]:
 
 
 def _fields(held: Held) -> Iterator[Finding]:
+    missing = [field for field in REQUIRED if held.config.get(field) is None and field not in held.config]
+    if missing:
+        yield Finding("refused", f"the configuration lacks {', '.join(missing)}", "write it there")
     start = held.config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in STARTS:
         yield Finding("refused", f"init_lora_weights {start!r}, which changed the weights of the base", MERGE)
