@@ -393,3 +393,13 @@ def test_the_time_to_trace_and_to_attach_grows_with_the_layers_and_no_faster() -
     assert deep[0] < 2.8 * shallow[0]  # 2 if linear, 4 if quadratic
     assert deep[1] < 2.8 * shallow[1]
     assert deep[1] < deep[0]  # what a map saves is the larger part
+
+
+def test_tokens_that_are_not_told_where_they_are_cannot_be_shifted() -> None:
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "vocab_size": 64}
+    model = hf.BartForCausalLM(hf.BartConfig(**sizes, encoder_attention_heads=2, encoder_layers=1)).eval()
+    before = dict(model.named_parameters())
+    with pytest.raises(AdapterError, match=r"the forward of a BartForCausalLM does not take.*positions='before'"):
+        adapters.attach(model, "prefix", name="fr", length=3, positions="shifted")
+    assert dict(model.named_parameters()) == before
+    adapters.attach(model, "prefix", name="fr", length=3)

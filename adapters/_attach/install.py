@@ -18,6 +18,7 @@ from adapters._attach.entries import adapter_tensors, drop_slot, place
 from adapters._attach.inputs import input_embeddings
 from adapters._attach.labels import labels_of, show_labels
 from adapters._attach.names import check_unused, forget, names_used
+from adapters._attach.positions import require_positions
 from adapters._attach.rowed import prepared, release
 from adapters._attach.state import ENTER, FACES, NOBODY, STATE, Adapter, Resolved, State, state_of, unwrapped
 from adapters._attach.swap import CHECKPOINT, INPUT, PREPARE, STATISTICS, add_faces, strip
@@ -56,7 +57,8 @@ def install(
         AdapterError: the name is taken, a site does not exist in this model, or tensors are missing or superfluous.
     """
     check_attachable(model, name)
-    model = unwrapped(model)
+    model, sites = unwrapped(model), tuple(sites)
+    require_positions(model, method, sites)
     found = state_of(model)
     state = found if found is not None else State(required_grad=_flags(model))
     guard_against_repacking(model)

@@ -7,6 +7,7 @@ both: without them a padded row's first token would be far from the prefix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,23 @@ from adapters._attach.rules import shift
 from adapters._attach.signature import forward_parameters
 from adapters._attach.state import State, selection
 from adapters._attach.swap import Call, base_class, before_forward
-from adapters._contract import KeyValueSite
+from adapters._contract import KeyValueMethod, KeyValueSite, Method, Site
+from adapters._errors import AdapterError
+
+
+def require_positions(model: nn.Module, method: Method, sites: Sequence[Site]) -> None:
+    """Refuses to shift the tokens of a model that is not told where they are.
+
+    Raises:
+        AdapterError: its forward takes no `position_ids`.
+    """
+    moves = isinstance(method, KeyValueMethod) and method.positions == "shifted"
+    attentions = any(isinstance(site, KeyValueSite) for site in sites)
+    if moves and attentions and "position_ids" not in forward_parameters(base_class(model)):
+        raise AdapterError(
+            "positions='shifted' moves tokens by their position_ids, which the forward of a "
+            f"{base_class(model).__name__} does not take: attach the prefix with positions='before'."
+        )
 
 
 def with_positions(model: nn.Module, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
