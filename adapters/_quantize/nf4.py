@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapters._eightbit import eightbit_modules
 from adapters._errors import AdapterError, nearest
 from adapters._fourbit import (
     bytes_of,
@@ -18,7 +19,8 @@ from adapters._fourbit import (
     quantized_parameters,
     replace_module,
 )
-from adapters._quantize.choose import Choice, choose, is_conv1d
+from adapters._layers import is_conv1d
+from adapters._quantize.choose import Choice, choose
 from adapters._quantize.stacks import pack
 from adapters._quantize.undo import ORIGINAL
 from adapters._sites import SiteMap, sites
@@ -95,6 +97,7 @@ def quantize(
     check_format(format)
     if any(getattr(module, "is_adapter_container", False) for module in model.modules()):
         raise AdapterError("adapters are attached to this model: detach them, quantise, then load them again.")
+    _refuse_eight_bits(model, format)
     try:
         from bitsandbytes.nn import Linear4bit
     except ImportError as error:
@@ -134,6 +137,13 @@ def check_format(format: str) -> None:
     """Refuses an unknown quantisation by name."""
     if format not in FORMATS:
         raise AdapterError(f"no quantisation {format!r}{nearest(format, FORMATS)} Known: {', '.join(FORMATS)}.")
+
+
+def _refuse_eight_bits(model: nn.Module, format: str) -> None:
+    for path, _ in eightbit_modules(model):
+        raise AdapterError(
+            f"{path} is held in int8, and 4 bits are made of 16: load the base in 16 bits or with quantize={format!r}."
+        )
 
 
 def _traced(
