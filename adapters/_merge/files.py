@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from adapters._attach import base_parameters, put_labels, tensors_of
 from adapters._attach.swap import base_class
+from adapters._coded import formats_in
 from adapters._errors import AdapterError
 from adapters._merge.allowed import Merging, mergeable
 from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative, require_near
@@ -76,6 +77,11 @@ def merge_files(
             than the tolerance; nothing is left behind then.
     """
     merging, target = mergeable(model, name), Path(output)
+    if formats := formats_in(model):
+        raise AdapterError(
+            f"this base is held in {' and '.join(formats)}, and a merge by files reads dense weights: adapters.merge "
+            "dequantises it in memory, or load the base in 16 bits."
+        )
     require_new(target)
     before = adapted(model, merging, example, prompts, tokenizer)
     held = {path: p.detach() for path, p in base_parameters(model).items()}

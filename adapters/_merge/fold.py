@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from adapters._attach import detach, set_labels, tensors_of, unwrapped, using
 from adapters._attach.swap import base_class
-from adapters._fourbit import quantized_modules, quantized_stacks, replace_module
+from adapters._coded import coded_modules, formats_in
+from adapters._fourbit import quantized_stacks, replace_module
 from adapters._merge.allowed import Merging, check_requantize, check_untied, mergeable
-from adapters._merge.certificate import TOLERANCE, Certificate, SiteError, relative, require_near
+from adapters._merge.certificate import ROUNDED_ACTIVATIONS, TOLERANCE, Certificate, SiteError, relative, require_near
 from adapters._merge.exact import dense_dtype, merged_parameters
 from adapters._merge.measure import adapted, apart, model_outputs, outputs_at
 from adapters._merge.prompts import compared
-from adapters._quantize import dense_module, quantize, restore_stacks, settle_stacks
+from adapters._quantize import dense_module, forget_quantizer, quantize, restore_stacks, settle_stacks
 from adapters._selection import Part
 
 
@@ -32,7 +33,7 @@ def merge(
 ) -> Certificate:
     """Folds an adapter, or several, into the base and detaches them; the model is then a plain one that behaves so.
 
-    A base in 4 bits is dequantised first, every layer of it, and becomes a model in its compute dtype.
+    A base in 4 or 8 bits is dequantised first, every layer of it, and becomes a model in the dtype of what is not.
 
     Args:
         name: an attached adapter of a method that changes weights, or a `Stack` or `Average` of such, or the name of
@@ -51,21 +52,22 @@ def merge(
     """
     model = unwrapped(model)
     merging = mergeable(model, name)
-    quantised = dict(quantized_modules(model))
+    quantised, formats = dict(coded_modules(model)), formats_in(model)
     stacks = [path for path, _, _ in quantized_stacks(model)]
-    check_requantize(requantize, {*quantised, *stacks})
+    check_requantize(requantize, formats)
     before = adapted(model, merging, example, prompts, tokenizer)
     merged = merged_parameters(model, merging)
     check_untied(model, {bias: (bias,) for bias in merged.new.keys() - merged.predicted.keys()})
     dtype, computed = next(iter(merged.new.values())).dtype, _computed_in(quantised)
-    coarsest = max((dtype, computed), key=lambda each: torch.finfo(each).eps) if quantised else dtype
-    limit = tolerance if tolerance is not None else TOLERANCE.get(coarsest, 5e-2)
+    strict, limit = _limits(tolerance, max((dtype, computed or dtype), key=_eps), before.unrounded is not None)
     undo = _apply(model, merging, merged.new, quantised)
     try:
         with using(model, None):
-            error = apart(model_outputs(model, before.inputs), before.output)
+            found = model_outputs(model, before.inputs)
+            error, exact = apart(found, before.output), apart(found, before.unrounded or before.output)
             after = outputs_at(model, before.at_sites)
             answered = compared(model, tokenizer, before.said)
+        require_near(merging.name, exact, (), strict)
         require_near(merging.name, error, answered, limit)
     except BaseException:
         undo()
@@ -75,24 +77,45 @@ def merge(
     if merging.bearer.labels:
         set_labels(model, merging.bearer.labels)  # the head that they belong to is the model's own now
     notes = [f"wrote {merging.tokens}"] if merging.tokens is not None else []
+    if before.unrounded is not None:
+        notes.append(f"it no longer rounds activations to 8 bits; all but that rounding differs by {exact:.1e}")
     if requantize is not None:
-        quantize(model, requantize, only={*quantised, *stacks}, compute_dtype=computed)
+        quantize(model, requantize, only={*quantised, *stacks}, compute_dtype=computed or torch.bfloat16)
         error = apart(model_outputs(model, before.inputs), before.output)
         answered = compared(model, tokenizer, before.said)
         notes.append(f"put back into {requantize} as asked: that rounding is the error above")
-    how = "dequantised from nf4 to {}, then merged" if quantised or stacks else "in place in {}"
+    elif formats:
+        forget_quantizer(model)
     sites = tuple(
         SiteError(path, predicted, relative(after[path], before.outputs[path]) if path in after else None)
         for path, predicted in merged.predicted.items()
     )
-    how = how.format(_name(dtype))
+    how = _path(formats, dtype)
     return Certificate(merging.name, how, error, before.effect, limit, sites, tuple(notes), answered)
 
 
-def _computed_in(quantised: Mapping[str, nn.Module]) -> torch.dtype:
-    """What the products with the 4-bit weights are computed in."""
-    found = (getattr(module, "compute_dtype", None) for module in quantised.values())
-    return next((dtype for dtype in found if isinstance(dtype, torch.dtype)), torch.bfloat16)
+def _path(formats: Sequence[str], dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return f"dequantised from {' and '.join(formats)} to {name}, then merged" if formats else f"in place in {name}"
+
+
+def _limits(tolerance: float | None, coarsest: torch.dtype, rounded: bool) -> tuple[float, float]:
+    """How far outputs may be off but for the rounding of activations, and with it."""
+    if tolerance is not None:
+        return tolerance, tolerance
+    strict = TOLERANCE.get(coarsest, 5e-2)
+    return strict, max(strict, ROUNDED_ACTIVATIONS) if rounded else strict
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def _computed_in(quantised: Mapping[str, nn.Module]) -> torch.dtype | None:
+    """What the products with the 4-bit weights are computed in; None for those in 8 bits, which follow their input."""
+    four = [module for module in quantised.values() if hasattr(module, "compute_dtype")]
+    found = (module.compute_dtype for module in four)
+    return next((dtype for dtype in found if isinstance(dtype, torch.dtype)), torch.bfloat16 if four else None)
 
 
 def _apply(
@@ -151,7 +174,3 @@ def count_outputs(layers: list[nn.Module]) -> None:
     for layer in layers:
         if base_class(layer) is nn.Linear and isinstance(layer, nn.Linear):
             layer.out_features = layer.weight.shape[0]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adapters._attach import using
+from adapters._eightbit import eightbit_modules, unrounded
 from adapters._errors import AdapterError
 from adapters._evaluating import evaluating
 from adapters._merge.allowed import Merging
@@ -31,6 +32,7 @@ class Adapted:
     outputs: Mapping[str, Tensor]
     effect: float  # how far the adapters move the outputs, relative to them
     said: tuple[Answer, ...] = ()  # to prompts
+    unrounded: Mapping[str, Tensor] | None = None  # `output` without an 8-bit base's rounding of activations
 
 
 def adapted(
@@ -50,12 +52,20 @@ def adapted(
         at_sites = inputs_at(model, merging, inputs)
         output, outputs = model_outputs(model, inputs), outputs_at(model, at_sites)
         said = answers(model, tokenizer, prompts)
+        exact = _unrounded(model, inputs)
     with using(model, None):
         base = model_outputs(model, inputs)
     # a head with another number of outputs than the base's leaves nothing to compare, and is all effect
     comparable = all(base[key].shape == output[key].shape for key in output)
     effect = apart(base, output) if comparable else 1.0
-    return Adapted(inputs, output, at_sites, outputs, effect, said)
+    return Adapted(inputs, output, at_sites, outputs, effect, said, exact)
+
+
+def _unrounded(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    if not any(True for _ in eightbit_modules(model)):
+        return None
+    with unrounded(model):
+        return model_outputs(model, inputs)
 
 
 def probe_inputs(model: nn.Module, merging: Merging) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters._coded import decoded
 from adapters._fourbit import dequantize, quantized_stacks
 from adapters._quantize.stacks import BASE, settle
 
@@ -16,13 +17,13 @@ ORIGINAL = "adapters_original"  # in a 4-bit layer's __dict__: the layer that it
 
 
 def dense_module(module: nn.Module, merged: Tensor | None, offset: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    """The layer that a 4-bit one replaced, with the merged weight (n_out, n_in), or else the dequantised one.
+    """The layer that a 4- or 8-bit one replaced, with the merged weight (n_out, n_in), or else the dequantised one.
 
     A layer that others quantised becomes torch's own.
     """
     weight = module._parameters["weight"]
     assert weight is not None
-    dense = (merged if merged is not None else dequantize(weight)).to(dtype)
+    dense = (merged if merged is not None else decoded(module, weight)).to(dtype)
     bias = offset if offset is not None else module._parameters.get("bias")
     original: Any = module.__dict__.get(ORIGINAL)
     if original is not None:
@@ -37,6 +38,14 @@ def dense_module(module: nn.Module, merged: Tensor | None, offset: Tensor | None
         name = getattr(module, "adapters_bias", "bias")
         plain._parameters[name] = nn.Parameter(bias.detach().to(dense.dtype), requires_grad=False)
     return plain
+
+
+def forget_quantizer(model: nn.Module) -> None:
+    """Takes away what transformers notes of a model that it quantises: with it a dense one is saved as what it was."""
+    for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        vars(model).pop(name, None)
+    for config in {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}.values():
+        vars(config).pop("quantization_config", None)
 
 
 def restore_stacks(model: nn.Module, merged: Mapping[str, Tensor], dtype: torch.dtype) -> Callable[[], None]:
