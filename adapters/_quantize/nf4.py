@@ -136,7 +136,8 @@ def quantize(
 def check_format(format: str) -> None:
     """Refuses an unknown quantisation by name."""
     if format not in FORMATS:
-        raise AdapterError(f"no quantisation {format!r}{nearest(format, FORMATS)} Known: {', '.join(FORMATS)}.")
+        eight = " For 8 bits load the base with transformers' BitsAndBytesConfig(load_in_8bit=True)." * ("8" in format)
+        raise AdapterError(f"no quantisation {format!r}{nearest(format, FORMATS)} Known: {', '.join(FORMATS)}.{eight}")
 
 
 def _refuse_eight_bits(model: nn.Module, format: str) -> None:
