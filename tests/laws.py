@@ -39,10 +39,10 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     nf4: bool = False
-    int8: bool = False
     noise: float = 0.08
     sites: adapters.SiteMap | None = None
     example: dict[str, Any] | None = None  # for models that the probe cannot run
+    int8: bool = False
 
     def base(self) -> nn.Module:
         model = self.build()
