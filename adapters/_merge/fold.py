@@ -33,7 +33,8 @@ def merge(
 ) -> Certificate:
     """Folds an adapter, or several, into the base and detaches them; the model is then a plain one that behaves so.
 
-    A base in 4 or 8 bits is dequantised first, every layer of it, and becomes a model in the dtype of what is not.
+    A base in 4 or 8 bits is dequantised first, every layer of it, and becomes a model in the dtype that most of its
+    other parameters have.
 
     Args:
         name: an attached adapter of a method that changes weights, or a `Stack` or `Average` of such, or the name of
@@ -42,7 +43,8 @@ def merge(
             the probe's.
         prompts: texts that both models continue, with the `tokenizer`; their logits are compared as the outputs are,
             and the certificate holds both answers.
-        tolerance: the relative error of the outputs above which the merge is refused; by the dtype when None.
+        tolerance: the relative error of the outputs above which the merge is refused; by the dtype when None, where a
+            base in 8 bits is measured twice, with and without its rounding of activations.
         requantize: "nf4" puts a merged 4-bit base back into 4 bits, which loses most of the adapter's effect; the
             certificate then says how much, whatever the tolerance.
 

@@ -187,7 +187,6 @@ def _quantized(
     bias = module._parameters.get("bias")
     # bitsandbytes casts the bias in place at its first forward; doing it here keeps forwards free of side effects
     new.bias = None if bias is None else nn.Parameter(bias.data.to(target, compute_dtype), requires_grad=False)
-    new.adapters_transposed = transposed
     # what a merge gives back, whatever its class; the weight is not held twice
     new.__dict__[ORIGINAL] = module
     for hooks in (

@@ -37,7 +37,7 @@ def _why(module: nn.Module) -> tuple[str, int] | None:
         return f"makes 8-bit codes of its weight as it goes ({name} with llm_int8_has_fp16_weight)", weight.numel()
     every = [t for t in chain(module._parameters.values(), module._buffers.values()) if t is not None]
     matrices = [t for t in every if t.dim() > 1]
-    if not matrices:
+    if not matrices or any(True for _ in module.children()):  # which has masks of bytes, as old attentions do
         return None
     largest = max(matrices, key=Tensor.numel)  # beside codes there are scales, fewer than these
     scaled = isinstance(largest, nn.Parameter) or any(t.is_floating_point() for t in every if t is not largest)
