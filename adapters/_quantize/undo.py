@@ -31,7 +31,7 @@ def dense_module(module: nn.Module, merged: Tensor | None, offset: Tensor | None
         plain: nn.Module = copy.copy(original)
         plain.__dict__["_parameters"] = dict(original._parameters)
     else:
-        plain = _empty(getattr(module, "source_cls", None), *dense.shape, bias is not None)
+        plain = _empty(getattr(module, "source_cls", None), dense, bias is not None)
     dense = dense.mT.contiguous() if is_conv1d(plain) else dense
     plain._parameters["weight"] = nn.Parameter(dense, requires_grad=False)
     if bias is not None:
@@ -40,7 +40,8 @@ def dense_module(module: nn.Module, merged: Tensor | None, offset: Tensor | None
     return plain
 
 
-def _empty(noted: Any, n_out: int, n_in: int, bias: bool) -> nn.Module:
+def _empty(noted: Any, w: Tensor, bias: bool) -> nn.Module:
+    n_out, n_in = w.shape
     with torch.device("meta"):
         made: nn.Module = nn.Linear(n_in, n_out, bias=bias)
         if getattr(noted, "__name__", "") == "Conv1D" and bias:  # it has always one
