@@ -29,7 +29,7 @@ def _arithmetic(model: nn.Module) -> nn.Module:
     merging = mergeable(model, NAME)
     with mock.patch.object(exact, "relative", return_value=0.0):
         merged = exact.merged_parameters(model, merging)
-    MERGE._apply(model, merging, merged.new, [])
+    MERGE._apply(model, merging, merged.new, {}, [])
     adapters.detach(model, NAME)
     return model
 

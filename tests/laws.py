@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import by_hand
+import eightbit
 import pytest
 import torch
 from torch import nn
@@ -41,12 +42,13 @@ class Case:
     noise: float = 0.08
     sites: adapters.SiteMap | None = None
     example: dict[str, Any] | None = None  # for models that the probe cannot run
+    int8: bool = False
 
     def base(self) -> nn.Module:
         model = self.build()
         if self.nf4:
             adapters.quantize(model, "nf4", compute_dtype=self.dtype, sites=self.sites, example=self.example)
-        return model
+        return eightbit.held(model) if self.int8 else model
 
     def attach(self, model: nn.Module, name: str = "fr", **more: Any) -> Any:
         torch.manual_seed(3)

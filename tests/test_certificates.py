@@ -22,7 +22,7 @@ import adapters
 from adapters import Average, Split, Stack
 from adapters._attach import tensors_of
 from adapters._fourbit import dequantize
-from adapters._merge import prompts
+from adapters._merge import fold, prompts
 from adapters.cli import app
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "nf4": torch.bfloat16}
@@ -106,6 +106,33 @@ def test_a_merge_that_loses_more_than_its_budget_is_refused_and_undone(kind: str
         adapters.merge(model, "fr", example=batch, tolerance=0.99 * error)
     assert torch.equal(run(model, batch), expected)
     assert adapters.merge(model, "fr", example=batch, tolerance=1.01 * error).error == error
+
+
+@pytest.mark.parametrize("kind", ["fp32", "nf4"])
+@pytest.mark.parametrize("after", ["_apply", "beside", "detach"])
+def test_an_interrupt_leaves_no_adapter_that_acts_twice(kind: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = base(kind), tiny.inputs("llama", rows=2, tokens=11, seed=8)
+    adapters.attach(model, "lora", name="fr", rank=3)
+    shake(model, "fr", noise=0.05)
+    expected = run(model, batch)
+    inner, calls = getattr(fold, after), []
+
+    def interrupted(*args: Any) -> Any:
+        found = inner(*args)
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(fold, after, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapters.merge(model, "fr", example=batch)
+    if after == "detach":  # of a merge that was done
+        assert adapters.adapters_of(model) == {}
+        assert apart(run(model, batch), expected) < 3e-2
+    else:
+        assert list(adapters.adapters_of(model)) == ["fr"]
+        assert torch.equal(run(model, batch), expected)
 
 
 def test_a_merge_back_into_4_bits_states_what_it_lost() -> None:

@@ -166,3 +166,24 @@ def test_a_report_counts_weights_not_bytes() -> None:
     count = sum(p.numel() for p in tiny.build("llama").parameters())
     assert adapters.attach(tiny.build("llama"), "lora").base_parameters == count
     assert adapters.attach(quantized(), "qlora").base_parameters == count
+
+
+def test_an_adapter_of_a_quantised_conv1d_loads_where_it_is_dense(tmp_path: Path) -> None:
+    """GPT-2 stores (n_in, n_out), a layer in its place in 4 bits (n_out, n_in)."""
+    dense, four, batch = tiny.build("gpt2", torch.bfloat16), quantized("gpt2"), tiny.inputs("gpt2")
+    adapters.attach(four, "lora", name="a", rank=4)
+    shake(four, "a")
+    adapters.save(four, "a", tmp_path / "a")
+    adapters.load(dense, tmp_path / "a", name="b")
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for at in ("c_attn", "c_proj"):
+        added = []
+        for model, name in ((four, "a"), (dense, "b")):
+            layer = getattr(model.transformer.h[0].attn, at)
+            with torch.no_grad(), adapters.using(model, name):
+                adapted = layer(x)
+            with torch.no_grad(), adapters.using(model, None):
+                added.append(adapted - layer(x))
+        assert relative(added[1], added[0]) < 2e-2
+    assert relative(output(dense, batch), output(four, batch)) < 0.2
+    adapters.merge(dense, "b", example=batch)

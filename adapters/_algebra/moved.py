@@ -14,6 +14,7 @@ from adapters._algebra.thin import wide
 from adapters._attach import adapters_of, base_parameters, base_weight, unwrapped
 from adapters._attach.swap import base_class
 from adapters._contract import WeightSite
+from adapters._eightbit import eightbit_modules
 from adapters._errors import AdapterError, nearest
 from adapters._fourbit import dequantize, is_quantized
 
@@ -30,6 +31,11 @@ class Tuned:
     def of(cls, base: nn.Module, tuned: nn.Module | Mapping[str, Tensor]) -> Tuned:
         """Raises AdapterError where the two cannot be the same model before and after training."""
         held: dict[str, Tensor] = dict(base_parameters(base))
+        for each in (base, tuned):
+            if isinstance(each, nn.Module) and any(True for _ in eightbit_modules(each)):
+                raise AdapterError(
+                    "weights in 8 bits cannot be told from their fine-tuned ones: load base and model in 16 bits."
+                )
         if not isinstance(tuned, nn.Module):
             if not isinstance(tuned, Mapping):
                 raise AdapterError(f"tuned is a {type(tuned).__name__}; give the fine-tuned model or its state dict.")

@@ -34,6 +34,7 @@ from adapters._attach.tables import check_rows, owners, table_of
 from adapters._attach.tokens import ROWS
 from adapters._attach.virtual import entry_of_layers
 from adapters._attach.weights import base_weight, by_site
+from adapters._coded import is_coded
 from adapters._contract import (
     FusionMethod,
     KeyValueMethod,
@@ -174,7 +175,7 @@ def _at_weight(
     model: nn.Module, slot: str, method: WeightMethod, site: WeightSite, given: Mapping[str, Tensor]
 ) -> list[Made]:
     w, owner = base_weight(model, site), submodule(model, site.owner)
-    if not is_quantized(w.stored) and not _fits(w.stored, site):
+    if not is_coded(w.stored) and not _fits(w.stored, site, w.transposed):
         found = tuple(w.stored.shape)
         raise AdapterError(f"{site.path} is {found} in this model, and the adapter was made for {site.shape}.")
     low = method.factors(given)
@@ -187,7 +188,8 @@ def _at_weight(
     elif method.inputs(given) is not None:
         entry = ScaledInput(method, site, given)
     else:
-        # the outputs of these forwards come straight from a product, so the delta may be added into them
+        # the outputs of these forwards come straight from a product, so the delta may be added into them; an 8-bit
+        # layer's is a view that autograd lets nobody write to
         fresh = (base_class(owner).forward is nn.Linear.forward or is_quantized(w.stored)) and not site.aliases
         entry = CalledWeight(method, site, given, w, fresh, is_product(base_class(owner)))
     # a parameter that several modules share has one adapter, which acts at each of them
@@ -195,12 +197,12 @@ def _at_weight(
     return [Made(*_location(slot, path, site), entry, _face(path, site, entry)) for path in (site.path, *shared)]
 
 
-def _fits(stored: Tensor, site: WeightSite) -> bool:
+def _fits(stored: Tensor, site: WeightSite, transposed: bool) -> bool:
     if site.folded and tuple(stored.shape[1:]) != site.folded:
         return False
     rows, columns = (stored.shape[0], prod(site.folded)) if site.folded else stored.shape[-2:]
     lead = () if site.folded else tuple(stored.shape[:-2])
-    return (*lead, *((columns, rows) if site.transposed else (rows, columns))) == site.shape
+    return (*lead, *((columns, rows) if transposed else (rows, columns))) == site.shape
 
 
 def _face(path: str, site: WeightSite, entry: nn.Module) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from adapters._attach.inputs import input_embeddings
 from adapters._attach.tokens import PLAIN_TOKENS, Tokens
+from adapters._coded import bits_of
 from adapters._errors import AdapterError, nearest
-from adapters._fourbit import is_quantized
 from adapters._heads import output_embeddings
 
 Wanted: TypeAlias = str | Iterable[str | int]
@@ -82,8 +82,10 @@ def table_paths(model: nn.Module) -> tuple[str, ...]:
     paths = {id(parameter): path for path, parameter in reversed(list(model.named_parameters()))}
     found = tuple(paths[each] for each in tables)
     for path, parameter in zip(found, tables.values(), strict=True):
-        if is_quantized(cast(Tensor, parameter)):
-            raise AdapterError(f"{path} is in 4 bits, and single rows of it cannot be trained: leave it in 16 bits.")
+        if bits := bits_of(parameter):
+            raise AdapterError(
+                f"{path} is in {bits} bits, and single rows of it cannot be trained: leave it in 16 bits."
+            )
     return found
 
 
@@ -120,8 +122,9 @@ def require_rows(model: nn.Module, tokens: Tokens) -> None:
         table = table_of(model, path)
         if table is None:
             raise AdapterError(f"this model has no {path}, where the adapter trains the rows of {tokens.named()}.")
-        if is_quantized(table) or table.is_meta:
-            why = "in 4 bits" if is_quantized(table) else "offloaded"
+        bits = bits_of(table)
+        if bits or table.is_meta:
+            why = f"in {bits} bits" if bits else "offloaded"
             raise AdapterError(f"{path} is {why}, and rows of it cannot be trained there: load the base otherwise.")
         if table.dim() != 2 or table.shape[0] <= tokens.ids[-1]:
             raise AdapterError(

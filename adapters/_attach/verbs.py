@@ -37,6 +37,7 @@ from adapters._contract import (
     WeightMethod,
     WeightSite,
 )
+from adapters._eightbit import eightbit_modules
 from adapters._errors import AdapterError, nearest
 from adapters._fourbit import elements, guard_against_repacking, quantized_parameters
 from adapters._quantize import quantize
@@ -219,6 +220,12 @@ def make_method(method: str | Method, hyperparameters: Mapping[str, Any]) -> Met
 def _quantized(model: nn.Module, method: Method) -> list[str]:
     if method.quantize is None:
         return []
+    eight = next((path for path, _ in eightbit_modules(model)), None)
+    if eight is not None:
+        raise AdapterError(
+            f"{method.name} is the preset for a base in {method.quantize}, and {eight} is held in int8: attach 'lora' "
+            f"here, or load the base in 16 bits or with quantize={method.quantize!r}."
+        )
     if any(True for _ in quantized_parameters(model)):
         return ["the base was in 4 bits already"]
     return [f"the base was quantised, which detach does not undo. {quantize(model, method.quantize)}"]

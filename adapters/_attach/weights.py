@@ -8,9 +8,11 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from adapters._coded import decoded, is_coded
 from adapters._contract import Method, Site, WeightMethod, WeightSite
 from adapters._errors import AdapterError
-from adapters._fourbit import dequantize, is_quantized, shape_of
+from adapters._fourbit import shape_of
+from adapters._layers import is_conv1d
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class BaseWeight:
 
     @property
     def transposed(self) -> bool:
-        # a Conv1D that was quantised in place holds its weight as (n_out, n_in); stacks of experts stay as they are
-        turned = is_quantized(self.stored) and len(shape_of(self.stored)) == 2
+        # a Conv1D that was quantised holds its weight as (n_out, n_in); stacks of experts stay as they are
+        turned = is_coded(self.stored) and len(shape_of(self.stored)) == 2
         return self.stored_transposed and not turned
 
     def dense(self) -> Tensor:
@@ -43,7 +45,7 @@ class BaseWeight:
                 f"{self.parameter} of a {type(self.owner).__name__} is offloaded, and this method reads it outside of "
                 "the layer's own forward: load the base without offloading."
             )
-        return self.seen(dequantize(stored) if is_quantized(stored) else stored)
+        return self.seen(decoded(self.owner, stored) if is_coded(stored) else stored)
 
     def seen(self, stored: Tensor) -> Tensor:
         """A tensor in the shape of the stored parameter, in the contract's orientation."""
@@ -68,7 +70,16 @@ def base_weight(model: nn.Module, site: WeightSite) -> BaseWeight:
     """The handle of a site's weight."""
     owner = model.get_submodule(site.owner)
     added = added_by(owner, site) if site.access == "call" else ()
-    return BaseWeight(owner, site.parameter, site.shape, site.transposed, site.folded, added)
+    return BaseWeight(owner, site.parameter, site.shape, _transposed(owner, site), site.folded, added)
+
+
+def _transposed(owner: nn.Module, site: WeightSite) -> bool:
+    """How the layer here stores its weight: a Conv1D's is turned where it was quantised, and the site may be recorded
+    of the one or of the other.
+    """
+    plain = site.access == "call" and site.experts is None and not site.folded
+    known = plain and (isinstance(owner, nn.Linear) or is_conv1d(owner))
+    return is_conv1d(owner) if known else site.transposed
 
 
 def added_by(owner: nn.Module, site: WeightSite) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from adapters._attach.entries import entry_of
 from adapters._attach.state import selection
 from adapters._attach.swap import base_class
 from adapters._bridge.config import TYPE
+from adapters._eightbit import eightbit_modules
 from adapters._fourbit import elements, quantized_parameters
 
 
@@ -71,6 +72,8 @@ def _active(model: nn.Module) -> list[str]:
 
 
 def _backend(model: nn.Module) -> str | None:
+    if any(True for _ in eightbit_modules(model)):
+        return "bnb 8bit"
     return "bnb 4bit" if any(True for _ in quantized_parameters(model)) else None
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach import adapters_of, table_paths, unwrapped
+from adapters._coded import bits_of
 from adapters._errors import AdapterError
-from adapters._fourbit import is_quantized
 from adapters._gguf.layout import layout_of
 from adapters._gguf.reading import GgufFile
 from adapters._gguf.vocabulary import NewTokens, new_tokens
@@ -128,9 +128,9 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
     """The weights by path, on the CPU; of tied ones the first."""
     found: dict[str, Tensor] = {}
     for path, parameter in model.named_parameters():  # which leaves out what is tied
-        if is_quantized(parameter):
+        if bits := bits_of(parameter):
             raise AdapterError(
-                f"{path} is in 4 bits: adapters.merge makes the model dense, or load it without quantize=."
+                f"{path} is in {bits} bits: adapters.merge makes the model dense, or load the base in 16 bits."
             )
         found[path] = parameter.detach().cpu()
     return found

@@ -131,11 +131,10 @@ def check_untied(model: nn.Module, changed: Mapping[str, Collection[str]]) -> No
                 raise AdapterError(f"{path} is tied to {other}, which merging would change too: untie them first.")
 
 
-def check_requantize(requantize: str | None, quantised: Collection[str]) -> None:
-    """Refuses an unknown format, and one for a base that was never quantised."""
+def check_requantize(requantize: str | None, formats: Collection[str]) -> None:
+    """Refuses an unknown format, and one for a base that was never in 4 bits."""
     if requantize is not None:
         check_format(requantize)
-    if requantize is not None and not quantised:
-        raise AdapterError(
-            f"requantize is {requantize!r}, but this base is not quantised: call adapters.quantize after."
-        )
+    if requantize is not None and (not formats or "int8" in formats):
+        held = f"is held in {' and '.join(formats)}" if formats else "is not quantised"
+        raise AdapterError(f"requantize is {requantize!r}, but this base {held}: call adapters.quantize after.")

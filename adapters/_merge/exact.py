@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach import Tokens, base_parameters, base_weight, table_of, tensors_of
+from adapters._coded import is_coded
 from adapters._contract import Tensors, WeightMethod, WeightSite
 from adapters._errors import AdapterError
 from adapters._finite import finite
-from adapters._fourbit import is_quantized
 from adapters._merge.allowed import Merging
 from adapters._merge.certificate import relative
 from adapters._selection import Average, Part, Stack
@@ -50,12 +50,12 @@ def merged_weight(
     """The weight of one site as the base stores it, and its relative rounding error.
 
     Args:
-        dequantised: what a weight in 4 bits becomes.
+        dequantised: what a weight in 4 or 8 bits becomes.
     """
     w = base_weight(model, site)
     dense = w.dense()
     exact = _changed(merging, merging.selection, site, dense.float())
-    stored = exact.to(dequantised if is_quantized(w.stored) else dense.dtype)
+    stored = exact.to(dequantised if is_coded(w.stored) else dense.dtype)
     _require_finite(merging, site.path, stored)
     return w.as_stored(stored).contiguous(), 0.0 if stored is exact else relative(stored, exact)
 
@@ -150,5 +150,5 @@ def _require_finite(merging: Merging, path: str, stored: Tensor) -> None:
 
 def dense_dtype(model: nn.Module) -> torch.dtype:
     """What a dequantised layer is stored in: the dtype of the parameters around it, most of them."""
-    counts = Counter(p.dtype for p in base_parameters(model).values() if not is_quantized(p) and p.is_floating_point())
+    counts = Counter(p.dtype for p in base_parameters(model).values() if not is_coded(p) and p.is_floating_point())
     return counts.most_common(1)[0][0] if counts else torch.bfloat16

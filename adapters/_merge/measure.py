@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adapters._attach import using
+from adapters._eightbit import eightbit_modules, unrounded
 from adapters._errors import AdapterError
 from adapters._evaluating import evaluating
 from adapters._merge.allowed import Merging
@@ -31,6 +32,7 @@ class Adapted:
     outputs: Mapping[str, Tensor]
     effect: float  # how far the adapters move the outputs, relative to them
     said: tuple[Answer, ...] = ()  # to prompts
+    unrounded: Mapping[str, Tensor] | None = None  # `output` without an 8-bit base's rounding of activations
 
 
 def adapted(
@@ -50,24 +52,38 @@ def adapted(
         at_sites = inputs_at(model, merging, inputs)
         output, outputs = model_outputs(model, inputs), outputs_at(model, at_sites)
         said = answers(model, tokenizer, prompts)
+        exact = _unrounded(model, inputs)
     with using(model, None):
         base = model_outputs(model, inputs)
     # a head with another number of outputs than the base's leaves nothing to compare, and is all effect
     comparable = all(base[key].shape == output[key].shape for key in output)
     effect = apart(base, output) if comparable else 1.0
-    return Adapted(inputs, output, at_sites, outputs, effect, said)
+    return Adapted(inputs, output, at_sites, outputs, effect, said, exact)
+
+
+def _unrounded(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    if not any(True for _ in eightbit_modules(model)):
+        return None
+    with unrounded(model):
+        return model_outputs(model, inputs)
 
 
 @dataclass(frozen=True)
 class Found:
-    """How far a merged model is from the adapted one: of its outputs, of each called site's, and on prompts."""
+    """How far a merged model is from the adapted one: of its outputs, of each called site's, and on prompts.
+
+    Args:
+        exact: as `error`, but for an 8-bit base's rounding of activations.
+    """
 
     error: float
+    exact: float
     seen: Mapping[str, float]
     prompts: tuple[PromptError, ...]
 
-    def require_within(self, merging: Merging, limit: float) -> None:
-        """Refuses more than the limit, with AdapterError."""
+    def require_within(self, merging: Merging, strict: float, limit: float) -> None:
+        """Refuses more than the limits, with AdapterError: `strict` is for what no rounding of activations explains."""
+        require_near(merging.name, self.exact, (), strict)
         require_near(merging.name, self.error, self.prompts, limit)
 
     def certificate(
@@ -87,10 +103,12 @@ class Found:
 
 def beside(model: nn.Module, before: Adapted, tokenizer: Any) -> Found:
     """Runs the merged model on what the adapted one was run on."""
-    error = apart(model_outputs(model, before.inputs), before.output)
+    output = model_outputs(model, before.inputs)
+    error = apart(output, before.output)
+    exact = error if before.unrounded is None else apart(output, before.unrounded)
     after = outputs_at(model, before.at_sites)
     seen = {path: relative(y, before.outputs[path]) for path, y in after.items()}
-    return Found(error, seen, compared(model, tokenizer, before.said))
+    return Found(error, exact, seen, compared(model, tokenizer, before.said))
 
 
 def probe_inputs(model: nn.Module, merging: Merging) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from adapters._attach import Adapter, adapters_of, base_parameters, base_weight, tensors_of, unwrapped
+from adapters._coded import bits_of
 from adapters._contract import WeightSite
 from adapters._errors import AdapterError, nearest
 from adapters._finite import finite
-from adapters._fourbit import is_quantized
 from adapters._mlx.layout import Chosen, chosen
 from adapters._whole import require_new, write_whole
 from adapters.methods.dora import DoRA
@@ -200,6 +200,7 @@ def _notes(model: nn.Module, where: Chosen, parts: list[_Part], rank: int, scale
         notes.append(f"{smaller} of {len(parts)} sites have a smaller rank, filled up with zeros to {rank}")
     if where.rooted:
         notes.append("the layers differ in what is adapted: keys are paths from the model's root, which mlx-lm reads")
-    if any(map(is_quantized, base_parameters(model).values())):
-        notes.append("the base here is in 4 bits: mlx-lm's differs from it by what quantising took")
+    bits = max(map(bits_of, base_parameters(model).values()), default=0)
+    if bits:
+        notes.append(f"the base here is in {bits} bits: mlx-lm's differs from it by what quantising took")
     return notes

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from adapters._attach import attach
 from adapters._attach.state import state_of
 from adapters._contract import Method
+from adapters._eightbit import eightbit_modules
 from adapters._errors import AdapterError
 from adapters._fourbit import quantized_parameters
 from adapters._hub.load import class_of, read_config
@@ -67,6 +68,8 @@ def _of_live(model: nn.Module, dtype: torch.dtype | None, bits: int | None) -> B
         raise AdapterError(f"a {type(model).__name__} has no configuration that it could be built from a second time.")
     if state_of(model) is not None:
         raise AdapterError("adapters are attached to this model: detach them, or plan with the name of its base.")
+    if any(True for _ in eightbit_modules(model)):
+        raise AdapterError("a base in 8 bits cannot be planned: plan with the name of its base, in 16 bits or bits=4.")
     held = any(True for _ in quantized_parameters(model))
     dtypes = {path: p.dtype for path, p in model.named_parameters() if p.is_floating_point()}
     own = next(iter(dtypes.values()), torch.float32)

@@ -14,6 +14,7 @@ from torch import nn
 from adapters._contract import WeightSite
 from adapters._fourbit import gives_back, is_quantized, shape_of
 from adapters._heads import base_model, output_embeddings
+from adapters._layers import is_conv1d
 from adapters._sites import SiteMap
 
 BLOCK = 64  # elements that share a scale
@@ -121,8 +122,3 @@ def is_linear(module: nn.Module) -> bool:
     """Whether a module's class is one whose forward is a product and nothing else, whatever model it is in."""
     # a subclass that overrides `forward` may do more than a product, and would lose it in the exchange
     return (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    # transformers' Conv1D is the one linear layer of the ecosystem that stores (n_in, n_out); it has no features fields
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and not hasattr(module, "in_features")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapters._eightbit import eightbit_modules
 from adapters._errors import AdapterError, nearest
 from adapters._fourbit import (
     bytes_of,
@@ -18,7 +19,8 @@ from adapters._fourbit import (
     quantized_parameters,
     replace_module,
 )
-from adapters._quantize.choose import Choice, choose, is_conv1d
+from adapters._layers import is_conv1d
+from adapters._quantize.choose import Choice, choose
 from adapters._quantize.stacks import pack
 from adapters._quantize.undo import ORIGINAL
 from adapters._sites import SiteMap, sites
@@ -95,6 +97,7 @@ def quantize(
     check_format(format)
     if any(getattr(module, "is_adapter_container", False) for module in model.modules()):
         raise AdapterError("adapters are attached to this model: detach them, quantise, then load them again.")
+    _refuse_eight_bits(model, format)
     try:
         from bitsandbytes.nn import Linear4bit
     except ImportError as error:
@@ -133,7 +136,15 @@ def quantize(
 def check_format(format: str) -> None:
     """Refuses an unknown quantisation by name."""
     if format not in FORMATS:
-        raise AdapterError(f"no quantisation {format!r}{nearest(format, FORMATS)} Known: {', '.join(FORMATS)}.")
+        eight = " For 8 bits load the base with transformers' BitsAndBytesConfig(load_in_8bit=True)." * ("8" in format)
+        raise AdapterError(f"no quantisation {format!r}{nearest(format, FORMATS)} Known: {', '.join(FORMATS)}.{eight}")
+
+
+def _refuse_eight_bits(model: nn.Module, format: str) -> None:
+    for path, _ in eightbit_modules(model):
+        raise AdapterError(
+            f"{path} is held in int8, and 4 bits are made of 16: load the base in 16 bits or with quantize={format!r}."
+        )
 
 
 def _traced(
@@ -176,7 +187,6 @@ def _quantized(
     bias = module._parameters.get("bias")
     # bitsandbytes casts the bias in place at its first forward; doing it here keeps forwards free of side effects
     new.bias = None if bias is None else nn.Parameter(bias.data.to(target, compute_dtype), requires_grad=False)
-    new.adapters_transposed = transposed
     # what a merge gives back, whatever its class; the weight is not held twice
     new.__dict__[ORIGINAL] = module
     for hooks in (

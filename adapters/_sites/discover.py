@@ -25,7 +25,8 @@ from adapters._sites.streams import Branch, find_branches
 from adapters._sites.tappable import tappable, tried
 from adapters._sites.trace import Tracer, record
 from adapters._sites.unbranched import unbranched
-from adapters._sites.weights import weight_sites
+from adapters._sites.unreadable import refusal, unreadable
+from adapters._sites.weights import split, weight_sites
 
 
 def sites(model: nn.Module, example: Example = None) -> SiteMap:
@@ -83,6 +84,7 @@ def _discover(model: nn.Module, example: Example) -> Discovery:
     aside = set_aside(graph, model, parameters, roles, branches)
     weights = weight_sites(graph, modules, parameters, roles, aside)
     more, unreached, others = generalise(weights, graph, modules, parameters)
+    hidden = unreadable(modules)
     trained, base = differentiable(graph.results), base_model(model)
     below = set(base.modules()) if base is not None else set()
     reason = partial(
@@ -94,12 +96,12 @@ def _discover(model: nn.Module, example: Example) -> Discovery:
     )
     found = SiteMap(
         model=type(model).__name__,
-        weights=(*weights, *more),
+        weights=tuple(site for site in (*weights, *more) if site.owner not in hidden),
         streams=tuple(stream_sites(graph, branches, reason)),
         keyvalues=tuple(_attentions(model, modules, parameters, graph, probe, trained)),
         layers=tuple(layer_sites(graph, modules)),
-        unreached=tuple(unreached),
-        others=tuple(others),
+        unreached=(*hidden.values(), *(each for each in unreached if split(each.path)[0] not in hidden)),
+        others=tuple(each for each in others if split(each.path)[0] not in hidden),
         unplaced=tuple(unplaced(branches, loose)),
     )
     return Discovery(found, graph, (*branches, *loose))
@@ -133,6 +135,8 @@ def _run(
                 return record(tracer, partial(model, *probe.args, **probe.kwargs)), probe
         except Exception as error:  # whatever a stranger's forward may raise; it is passed on below
             failure = failure or error
+    if why := refusal(unreadable(modules).values()):
+        raise AdapterError(f"{why}.") from failure
     raise AdapterError(
         f"the sites of {type(model).__name__} are found by running it once, and it failed with "
         f"{type(failure).__name__}: {failure}; pass an example that it accepts, as in sites(model, example={{...}})"

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from adapters._contract import Method, Site, StreamMethod, StreamSite, WeightSite
 from adapters._errors import AdapterError, nearest
 from adapters._sites.map import SiteMap
+from adapters._sites.unreadable import refusal
 
 Predicate: TypeAlias = Callable[[Site], bool]
 Targets: TypeAlias = str | Iterable[str] | Predicate | None
@@ -36,9 +37,11 @@ def select(sites: SiteMap, method: Method, targets: Targets = None) -> tuple[Sit
         asked = _name(method)
     else:
         entries = [targets] if isinstance(targets, str) else list(targets)
-        matches = [_matching(entry, known, sites.model, known[0].kind) for entry in entries]
+        matches = [_matching(entry, known, sites) for entry in entries]
         chosen = [site for site in known if any(site in match for match in matches)]
         asked = "an empty list of targets"
+    if not chosen and (why := refusal(sites.unreached)):
+        raise AdapterError(f"{asked} finds no site that it accepts: {why}.")
     if not chosen:
         raise AdapterError(
             f"{asked} accepts none of the {len(known)} {known[0].kind} sites of {sites.model}; {_exist(known)}"
@@ -51,6 +54,8 @@ def _candidates(sites: SiteMap, method: Method) -> tuple[Site, ...]:
     by_kind = [sites.of(kind) for kind in method.kinds()]
     by_default = [of for of in by_kind if any(site.default for site in of)]
     found = next(iter(by_default or [of for of in by_kind if of]), ())
+    if not found and (why := refusal(sites.unreached)):
+        raise AdapterError(f"{_name(method)} finds no site that it accepts: {why}.")
     if not found:
         kinds = " or ".join(method.kinds())
         raise AdapterError(f"{sites.model} has no {kinds} site, which {_name(method)} needs; it has {_kinds(sites)}")
@@ -68,13 +73,16 @@ def can_act(method: Method, site: Site) -> bool:
     return not (needs_input and isinstance(site, StreamSite) and site.input is None and site.tap is None)
 
 
-def _matching(entry: str, known: Sequence[Site], model: str, kind: str) -> list[Site]:
+def _matching(entry: str, known: Sequence[Site], sites: SiteMap) -> list[Site]:
     if not isinstance(entry, str):
         raise AdapterError(f"targets are strings or one predicate, not {type(entry).__name__}: {entry!r}")
     found = [site for site in known if matches(entry, site)]
     if not found:
         words = [*_roles(known), *_ends(known), *(name for site in known for name in _paths(site))]
-        raise AdapterError(f"no {kind} site of {model} matches {entry!r}{nearest(entry, words)}; {_exist(known)}")
+        why = refusal(each for each in sites.unreached if _means(entry, each.path))
+        why = why or ("" if any(site.default for site in known) else refusal(sites.unreached))
+        no = f"no {known[0].kind} site of {sites.model} matches {entry!r}"
+        raise AdapterError(f"{no}: {why}." if why else f"{no}{nearest(entry, words)}; {_exist(known)}")
     return found
 
 
@@ -83,9 +91,11 @@ def matches(entry: str, site: Site) -> bool:
     if entry == "all":
         return site.default
     names = _paths(site)
-    return fnmatchcase(site.role, entry) or any(
-        fnmatchcase(name, entry) or fnmatchcase(name, f"*.{entry}") for name in names
-    )
+    return fnmatchcase(site.role, entry) or any(_means(entry, name) for name in names)
+
+
+def _means(entry: str, path: str) -> bool:
+    return fnmatchcase(path, entry) or fnmatchcase(path, f"*.{entry}")
 
 
 def _paths(site: Site) -> list[str]:

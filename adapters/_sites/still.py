@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters._dispatch import wrapping_attention
+from adapters._eightbit import in_eight_bits
 from adapters._fourbit import read_as
 from adapters._sites.rows import rows_of
 from adapters._sites.trace import Tracer
@@ -72,7 +73,8 @@ def stand_ins(tracer: Tracer) -> Iterator[None]:
     replaced: list[tuple[nn.Module, Any]] = []
     try:
         for path, module in tracer.modules.items():
-            if hasattr(getattr(module, "weight", None), "quant_state"):
+            weight = getattr(module, "weight", None)
+            if hasattr(weight, "quant_state") or in_eight_bits(weight):
                 replaced.append((module, vars(module).get("forward")))
                 vars(module)["forward"] = _stand_in(tracer, path, int(getattr(module, "out_features", 0)))
         with read_as(tracer.formed):

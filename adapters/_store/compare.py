@@ -1,4 +1,4 @@
-"""Whether two samples are of one weight, across fp32, bf16, fp16 and nf4: compares codes, never distances.
+"""Whether two samples are of one weight, across fp32, bf16, fp16, int8 and nf4: compares codes, never distances.
 
 The more precise side is brought to the coarser format and the codes are counted that differ. nf4 rounds so coarsely
 that a distance says nothing (its own noise is 7.7 % of a weight; noise and a 1 % change together are 7.9 %), but its
@@ -7,11 +7,12 @@ codes do: the same weight gives the same codes, and a 1 % change moves 3 % of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from adapters._eightbit import LARGEST
 from adapters._store.sample import BLOCK, Sample
 
 # the 16 levels of nf4: QLoRA, arXiv 2305.14314, appendix E
@@ -24,6 +25,9 @@ NF4 = torch.tensor(
     ]
 )
 EDGES = (NF4[1:] + NF4[:-1]) / 2
+ROUNDED_FIRST = 256  # rounding to bf16 first moves a number by a part of up to this, and its int8 code by as much
+BESIDE_CODES = 0.04  # of fp16 values, may be no number that int8 codes made by way of bf16 stand for
+VAGUE = 0.1  # of nf4 codes, may be others after rounding to int8
 MANTISSA = {"float64": 52, "float32": 23, "bfloat16": 7, "float16": 10}
 
 
@@ -31,7 +35,8 @@ MANTISSA = {"float64": 52, "float32": 23, "bfloat16": 7, "float16": 10}
 class Difference:
     """What two samples of one parameter differ in: `moved` of `count` values, and `scale`, the median ratio less 1.
 
-    `coarse` says that codes were compared, of which a few may differ after another rounding path.
+    `coarse` says that nf4 codes were compared, of which a few may differ after another rounding path. `explained`: how
+    many at most, where that is known. `vague`: so many that they would hide a change of 1 %.
     """
 
     path: str
@@ -39,6 +44,8 @@ class Difference:
     moved: int
     scale: float = 0.0
     coarse: bool = False
+    explained: float | None = None
+    vague: bool = False
 
     @property
     def rate(self) -> float:
@@ -51,6 +58,8 @@ def compare(path: str, a: Sample, b: Sample) -> Difference | None:
         return Difference(path, 1, int(not torch.equal(a.values, b.values))) if a.dtype == b.dtype else None
     if a.values.shape != b.values.shape:
         return None
+    if "int8" in (a.dtype, b.dtype):
+        return _rowwise(path, *((a, b) if a.dtype == "int8" else (b, a)))
     if a.floating and b.floating:
         return _floats(path, a, b)
     if a.dtype == b.dtype:
@@ -73,6 +82,35 @@ def _floats(path: str, a: Sample, b: Sample) -> Difference:
         explained = a.dtype == "bfloat16" and int((x != y).sum()) <= twice + 6 * twice**0.5 + 2
         moved = moved if explained else int((x != y).sum())
     return Difference(path, x.numel(), moved)
+
+
+def _rowwise(path: str, a: Sample, b: Sample) -> Difference:
+    """`a` in 8 bits beside the same in any format."""
+    assert a.absmax is not None
+    x, half = a.values.double() * a.absmax.double() / LARGEST, a.absmax.double() / (2 * LARGEST)
+    if b.dtype == "int8":
+        return _rowwise_codes(path, a, b)
+    if not b.floating:
+        found = _quantised(path, x.float(), b)
+        return replace(found, explained=VAGUE * found.count, vague=True)
+    # by way of which 16-bit format its codes were made of it is not known: the closest one counts
+    paths = [b.values.double(), b.values.bfloat16().double(), b.values.half().double()]
+    apart = [(x - y).abs() > half + _half(y, "float16") + 1.13 * _half(y, b.dtype) + 2**-25 for y in paths]
+    moved = min(int((each | ~y.isfinite()).sum()) for each, y in zip(apart, paths, strict=True))
+    return Difference(path, x.numel(), moved, explained=BESIDE_CODES * x.numel())
+
+
+def _rowwise_codes(path: str, a: Sample, b: Sample) -> Difference:
+    assert a.absmax is not None
+    assert b.absmax is not None
+    live = (a.absmax > 0) & (b.absmax > 0)
+    if not live.any():
+        return Difference(path, 0, 0, explained=0.0)
+    one, other = a.values[live].short(), b.values[live].short()
+    ratio = float((a.absmax[live] / b.absmax[live]).median())
+    usual = float(one.abs().sum()) / ROUNDED_FIRST
+    moved = int((one != other).sum())
+    return Difference(path, one.numel(), moved, abs(ratio - 1), explained=usual + 3 * usual**0.5 + 4)
 
 
 def _half(x: Tensor, dtype: str) -> Tensor:

@@ -1,21 +1,23 @@
 """Reads a few blocks of a base parameter exactly as they are stored, without dequantising or copying the rest.
 
 Matrices are read in the orientation `(n_out, n_in)`, flattened, in blocks of 64 that coincide with nf4's, so that a
-weight and its 4-bit form give the same elements.
+weight and its 4- or 8-bit form give the same elements.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adapters._eightbit import codes_and_scales, in_eight_bits
 from adapters._errors import AdapterError, DamagedAdapter
+from adapters._layers import is_conv1d
 from adapters._sharded import whole
 
 BLOCK = 64
@@ -24,9 +26,10 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Sample:
-    """Blocks of one parameter: `values (blocks, 64)` in a floating-point dtype, or 4-bit codes with their `absmax`.
+    """Blocks of one parameter: `values (blocks, 64)` in a floating-point dtype, or codes with their `absmax`.
 
-    Any other storage (`dtype` neither a float nor nf4) keeps its bytes as `values`, which compare only for equality.
+    nf4 has an absmax for each block, int8 for each row of the matrix: `absmax (blocks, 64)` is then each code's own.
+    Any other storage (`dtype` none of these) keeps its bytes as `values`, which compare only for equality.
     """
 
     shape: tuple[int, ...]
@@ -41,11 +44,13 @@ class Sample:
 
     @property
     def comparable(self) -> bool:
-        return self.floating or self.dtype == "nf4"
+        return self.floating or self.absmax is not None
 
     def record(self) -> dict[str, Any]:
         found: dict[str, Any] = {"shape": list(self.shape), "dtype": self.dtype, "data": _text(_packed(self))}
-        if self.absmax is not None:
+        if self.dtype == "int8" and self.absmax is not None:
+            found |= {"absmax": _text(_of_rows(self))}
+        elif self.absmax is not None:
             found |= {"absmax": _text(self.absmax), "blocksize": self.blocksize}
         return found
 
@@ -69,6 +74,8 @@ def sample(module: nn.Module, parameter: nn.Parameter, count: int, path: str) ->
     state = getattr(parameter, "quant_state", None)
     if state is not None and hasattr(state, "quant_type"):
         return _quantised(parameter.detach(), state, count, path)
+    if in_eight_bits(parameter):
+        return _rowwise(module, count)
     stored = whole(parameter.detach())
     name = str(stored.dtype).removeprefix("torch.")
     if name not in FLOATS:
@@ -77,11 +84,6 @@ def sample(module: nn.Module, parameter: nn.Parameter, count: int, path: str) ->
     if is_conv1d(module) and stored.dim() == 2:
         stored = stored.mT  # Conv1D stores (n_in, n_out)
     return Sample(tuple(stored.shape), name, _gather(stored, count).cpu())
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, known by what it holds so that transformers need not be imported."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and not hasattr(module, "in_features")
 
 
 def _gather(stored: Tensor, count: int) -> Tensor:
@@ -107,6 +109,39 @@ def _quantised(packed: Tensor, state: Any, count: int, path: str) -> Sample:
     if state.quant_type != "nf4":
         return Sample(shape, str(state.quant_type), data.cpu().reshape(-1))
     return Sample(shape, "nf4", _unpack(data).cpu(), _absmax(state, chosen), int(state.blocksize))
+
+
+def _rowwise(layer: nn.Module, count: int) -> Sample:
+    codes, scales = codes_and_scales(layer)
+    values, rows = _gather(codes, count).cpu(), _rows(codes.shape, count)
+    return Sample(tuple(codes.shape), "int8", values, scales.float().cpu()[rows])
+
+
+def _rows(shape: Sequence[int], count: int) -> Tensor:
+    """The row of each sampled element, in the shape of the samples."""
+    numel = shape[0] * shape[1]
+    if numel < BLOCK:
+        return torch.arange(numel).reshape(-1, max(1, numel)) // max(1, shape[1])
+    starts = torch.tensor(blocks(numel, count), dtype=torch.long) * BLOCK
+    return (starts[:, None] + torch.arange(BLOCK)) // shape[1]
+
+
+def _of_rows(found: Sample) -> Tensor:
+    """The scales of the sampled rows, each once, in their order."""
+    assert found.absmax is not None
+    return found.absmax.reshape(-1)[_first(_rows(found.shape, len(found.values)))]
+
+
+def _restored_rows(shape: tuple[int, ...], codes: Tensor, scales: Tensor) -> Sample:
+    values = codes.view(torch.int8).reshape(-1, max(1, min(BLOCK, codes.numel())))
+    index = _first(_rows(shape, len(values))).cumsum(0) - 1
+    return Sample(shape, "int8", values, scales[index].reshape(values.shape))
+
+
+def _first(rows: Tensor) -> Tensor:
+    """Where each row is met first, among the flattened elements of the samples."""
+    rows = rows.reshape(-1)
+    return torch.cat([torch.ones_like(rows[:1], dtype=torch.bool), rows[1:] != rows[:-1]])
 
 
 def _absmax(state: Any, chosen: Tensor) -> Tensor:
@@ -143,11 +178,13 @@ def restore(entry: Mapping[str, Any], path: str) -> Sample:
         if dtype in FLOATS:
             values = raw.view(FLOATS[dtype])
             return Sample(shape, dtype, values.reshape(-1, max(1, min(BLOCK, values.numel()))))
+        if dtype == "int8" and "absmax" in entry:
+            return _restored_rows(shape, raw, _bytes(entry["absmax"]).view(torch.float32))
         if dtype != "nf4":
             return Sample(shape, dtype, raw)
         absmax = _bytes(entry["absmax"]).view(torch.float32)
         return Sample(shape, dtype, _unpack(raw.reshape(-1, BLOCK // 2)), absmax, int(entry["blocksize"]))
-    except (KeyError, TypeError, ValueError, RuntimeError, binascii.Error) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, binascii.Error) as error:
         raise DamagedAdapter(f"the record of the base's {path} cannot be read.") from error
 
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from adapters._attach.container import Container
+from adapters._coded import is_coded
+from adapters._eightbit import codes_and_scales, in_eight_bits
 from adapters._store.fingerprints import check, identity
 
 LOOK = 64  # bytes at each of three places of a parameter
@@ -85,9 +87,9 @@ def _look(model: nn.Module) -> _Seen | None:
     facts: list[Any] = [*identity(model).values()]
     elsewhere: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     parameters = []
-    for name, parameter in _parameters(model):
-        device, packed = parameter.device, getattr(parameter, "quant_state", None)
-        known = type(parameter) is nn.Parameter or packed is not None  # others may have no memory of their own
+    for name, module, parameter in _parameters(model):
+        device = parameter.device
+        known = type(parameter) is nn.Parameter or is_coded(parameter)  # others may have no memory of their own
         if not known or device == META or parameter.is_inference() or parameter.layout is not torch.strided:
             return None
         if parameter.untyped_storage().nbytes() < parameter.nbytes:  # FSDP gave the memory back for a while
@@ -99,9 +101,28 @@ def _look(model: nn.Module) -> _Seen | None:
             flat = parameter.reshape(-1)
             places = flat[:: max(1, (flat.numel() - 1) // 2)][:3]
             elsewhere.setdefault((parameter.dtype, device), []).append(places)
-        facts += (name, id(parameter), version, address, parameter.shape, parameter.dtype, device, id(packed), held)
+        facts += (
+            name,
+            id(parameter),
+            version,
+            address,
+            parameter.shape,
+            parameter.dtype,
+            device,
+            _scales(module, parameter),
+            held,
+        )
         parameters.append(parameter)
     return _Seen(facts, parameters, [torch.cat(places) for places in elsewhere.values()])
+
+
+def _scales(module: nn.Module, parameter: nn.Parameter) -> Any:
+    """What tells whether the scales beside codes are those that they were."""
+    if not in_eight_bits(parameter):
+        return id(getattr(parameter, "quant_state", None))
+    codes, scales = codes_and_scales(module)
+    held = _bytes(scales.data_ptr(), scales.nbytes) if scales.device == CPU else None
+    return codes.data_ptr(), codes._version, scales.data_ptr(), scales._version, held
 
 
 def _bytes(address: int, size: int) -> bytes:
@@ -111,12 +132,12 @@ def _bytes(address: int, size: int) -> bytes:
     return string_at(address, LOOK) + string_at(address + size // 2, LOOK) + string_at(address + size - LOOK, LOOK)
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the base with their names, in tree order; torch's own walk takes 30 times as long."""
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """The parameters of the base with their owners, in tree order; torch's own walk takes 30 times as long."""
     waiting = [model]
     while waiting:
         module = waiting.pop()
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield name, parameter
+                yield name, module, parameter
         waiting += [child for child in module._modules.values() if child is not None and type(child) is not Container]
