@@ -296,6 +296,22 @@ def test_what_peft_takes_for_experts_is_not_written(tmp_path: Path) -> None:
     same(logits_of(peft.PeftModel.from_pretrained(model, tmp_path / "de").eval()), expected)
 
 
+def test_shared_experts_that_peft_leaves_alone_are_written(tmp_path: Path) -> None:
+    """Qwen2-MoE's own type is none of those whose names PEFT takes for experts."""
+    import transformers as hf
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "shared_expert_intermediate_size": 24}
+    config = hf.Qwen2MoeConfig(**sizes, **heads, vocab_size=64, num_hidden_layers=1, num_experts_per_tok=2)
+    model = hf.Qwen2MoeForCausalLM(config).eval()
+    adapters.attach(model, "lora", name="fr")
+    shake(model, "fr")
+    adapters.export_peft(model, "fr", tmp_path)
+    expected = logits_of(model)
+    adapters.detach(model)
+    same(logits_of(peft.PeftModel.from_pretrained(model, tmp_path).eval()), expected)
+
+
 def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=torch.arange(14).view(2, 7)).logits

@@ -148,14 +148,15 @@ def _inexpressible(method: LoRA | DoRA | IA3, site: Site, modules: dict[str, nn.
 def _taken_for_experts(model: nn.Module, modules: Mapping[str, nn.Module], own: Mapping[str, Any]) -> str:
     """Why PEFT would adapt something else: since 0.19 it takes names of what are experts in checkpoints for experts.
 
-    So it does for types whose experts transformers fuses as it loads them (PEFT's transformers_weight_conversion.py),
-    whatever else has such a name: shared experts, dense feed-forwards.
+    So it does for types whose experts transformers fuses as it loads them, in the way of Mixtral or of Qwen2-MoE, and
+    whatever else has such a name there: shared experts, dense feed-forwards (PEFT's transformers_weight_conversion.py).
     """
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers import conversion_mapping
 
     fused = any(path.endswith(f".{FUSED}") for path in parameters_of(modules))
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if own["peft_type"] != "LORA" or not fused or kind is None or get_checkpoint_conversion_mapping(kind) is None:
+    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    ways = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {kind: "mixtral"})}
+    if own["peft_type"] != "LORA" or not fused or ways.get(kind) not in ("mixtral", "qwen2_moe"):
         return ""
     found = next((name for name in own["target_modules"] if name.rpartition(".")[2] in UNFUSED), None)
     return f"PEFT takes {found!r} for the experts of this model, which it keeps under {FUSED}" if found else ""
