@@ -16,12 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from adapters._attach import Adapter, adapters_of, base_weight, tensors_of, unwrapped
+from adapters._attach import Adapter, base_weight, tensors_of, unwrapped
 from adapters._contract import WeightMethod, WeightSite
-from adapters._errors import AdapterError, nearest
+from adapters._errors import AdapterError
 from adapters._gguf.layout import Layout, Order, layout_of
 from adapters._gguf.reading import GgufFile
 from adapters._gguf.writing import write_gguf
+from adapters._interop.low_rank import low_rank_adapter
 from adapters.methods.lora import LoRA
 from adapters.methods.qlora import QLoRA
 
@@ -75,7 +76,7 @@ def export_gguf(
         AdapterError: llama.cpp cannot express the adapter, or the base's layout there is not known.
     """
     model = unwrapped(model)
-    adapter = _lora(model, name)
+    adapter = low_rank_adapter(model, name, "llama.cpp")
     base = GgufFile(base_gguf) if base_gguf is not None else None
     layout = layout_of(model.config, base)
     tensors = tensors_of(model, name)
@@ -106,31 +107,6 @@ def export_gguf(
     return GgufReport(
         str(Path(file)), layout.architecture, len(pairs), alpha, size, proof, _notes(adapter, tensors, alpha, base)
     )
-
-
-def _lora(model: nn.Module, name: str) -> Adapter:
-    """The adapter, if llama.cpp has a word for all of it."""
-    held = adapters_of(model)
-    if name not in held:
-        raise AdapterError(f"no adapter {name!r} is attached{nearest(name, held)}")
-    adapter = held[name]
-    if not isinstance(adapter.method, LoRA | QLoRA):
-        raise AdapterError(
-            f"llama.cpp adapters are LoRA, and {name!r} is {adapter.method.name!r}: merge it, and export the model."
-        )
-    if adapter.method.bias:
-        raise AdapterError(f"{name!r} trains biases, which llama.cpp's adapters do not have: merge it.")
-    if adapter.head or adapter.tokens is not None:
-        what = "a head" if adapter.head else "rows of tokens"
-        raise AdapterError(f"{name!r} holds {what}, which llama.cpp's adapters do not have: merge it.")
-    for site in adapter.sites:
-        plain = isinstance(site, WeightSite) and site.access == "call" and site.experts is None and not site.folded
-        if not plain or site.role == "embedding":
-            raise AdapterError(
-                f"{name!r} changes {site.path}, which is no linear layer of its own: llama.cpp's adapters change those "
-                "alone; merge it, or train it on fewer targets."
-            )
-    return adapter
 
 
 def _scale_of(adapter: Adapter, site: Any) -> float:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from adapters._attach import Adapter, adapters_of, base_parameters, base_weight, tensors_of, unwrapped
+from adapters._attach import Adapter, base_parameters, base_weight, tensors_of, unwrapped
 from adapters._coded import bits_of
 from adapters._contract import WeightSite
-from adapters._errors import AdapterError, nearest
+from adapters._errors import AdapterError
 from adapters._finite import finite
+from adapters._interop.low_rank import low_rank_adapter
 from adapters._mlx.layout import Chosen, chosen
 from adapters._whole import require_new, write_whole
 from adapters.methods.dora import DoRA
@@ -77,7 +78,7 @@ def export_mlx(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> M
     """
     model, target = unwrapped(model), Path(folder)
     require_new(target)
-    adapter = _expressible(model, name)
+    adapter = low_rank_adapter(model, name, "mlx-lm", dora=True)
     sites = cast("tuple[WeightSite, ...]", tuple(adapter.sites))
     where = chosen(model, sites)
     parts = [_part(model, adapter, site, tensors_of(model, name)) for site in sites]
@@ -92,32 +93,6 @@ def export_mlx(model: nn.Module, name: str, folder: str | os.PathLike[str]) -> M
     _write(target, files, where, parts)
     notes = tuple(_notes(model, where, parts, rank, scale))
     return MlxReport(str(target), len(parts), where.last, rank, scale, len(files[WEIGHTS]), notes)
-
-
-def _expressible(model: nn.Module, name: str) -> Adapter:
-    """The adapter, if mlx-lm has a word for all of it."""
-    held = adapters_of(model)
-    if name not in held:
-        raise AdapterError(f"no adapter {name!r} is attached{nearest(name, held)}")
-    adapter = held[name]
-    if not isinstance(adapter.method, LoRA | QLoRA | DoRA):
-        raise AdapterError(
-            f"mlx-lm's adapters are LoRA and DoRA, and {name!r} is {adapter.method.name!r}: merge it, and save the "
-            "model."
-        )
-    if getattr(adapter.method, "bias", False):
-        raise AdapterError(f"{name!r} trains biases, which mlx-lm's adapters do not have: merge it.")
-    if adapter.head or adapter.tokens is not None:
-        what = "a head" if adapter.head else "rows of tokens"
-        raise AdapterError(f"{name!r} holds {what}, which mlx-lm's adapters do not have: merge it.")
-    for site in adapter.sites:
-        plain = isinstance(site, WeightSite) and site.access == "call" and site.experts is None and not site.folded
-        if not plain or site.role == "embedding":
-            raise AdapterError(
-                f"{name!r} changes {site.path}, which is no linear layer of its own: those alone are exported for "
-                "mlx-lm; merge it, or train it on fewer targets."
-            )
-    return adapter
 
 
 @dataclass(frozen=True)
