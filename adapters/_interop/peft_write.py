@@ -1,4 +1,4 @@
-"""LoRA, DoRA and IA3 as the files that stock PEFT reads, LoRA also vLLM and mistral.rs (PEFT 0.21's format)."""
+"""LoRA, DoRA, IA3 and prefixes as the files that stock PEFT reads, LoRA also vLLM and mistral.rs (PEFT 0.21)."""
 
 from __future__ import annotations
 
