@@ -50,7 +50,7 @@ def parse_config(raw: bytes) -> dict[str, Any]:
         raise DamagedAdapter(f"{CONFIG} is truncated or damaged: it is not JSON.") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise DamagedAdapter(f"{CONFIG} does not name a PEFT type.")
-    for field, (fits, wanted) in TYPES.items():
+    for field, (fits, wanted) in TYPES.items() if config["peft_type"] in READERS else ():
         if config.get(field) is not None and not fits(config[field]):
             raise DamagedAdapter(f"{CONFIG} sets {field} to {str(config[field])[:60]!r}; it must be {wanted}.")
     return config
