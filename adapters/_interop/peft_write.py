@@ -148,18 +148,25 @@ def _inexpressible(method: LoRA | DoRA | IA3, site: Site, modules: dict[str, nn.
 def _taken_for_experts(model: nn.Module, modules: Mapping[str, nn.Module], own: Mapping[str, Any]) -> str:
     """Why PEFT would adapt something else: since 0.19 it takes names of what are experts in checkpoints for experts.
 
-    So it does for types whose experts transformers fuses as it loads them, in the way of Mixtral or of Qwen2-MoE, and
-    whatever else has such a name there: shared experts, dense feed-forwards (PEFT's transformers_weight_conversion.py).
+    So it does for types whose experts transformers fuses as it loads them in the way of another type, and whatever else
+    has such a name there: shared experts, dense feed-forwards (PEFT's transformers_weight_conversion.py).
     """
-    from transformers import conversion_mapping
-
-    fused = any(path.endswith(f".{FUSED}") for path in parameters_of(modules))
     kind = str(getattr(getattr(model, "config", None), "model_type", None))
-    ways = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {kind: "mixtral"})}
-    if own["peft_type"] != "LORA" or not fused or ways.get(kind) not in ("mixtral", "qwen2_moe"):
+    fused = any(path.endswith(f".{FUSED}") for path in parameters_of(modules))
+    if own["peft_type"] != "LORA" or not fused or not _fused_like_another(kind):
         return ""
     found = next((name for name in own["target_modules"] if name.rpartition(".")[2] in UNFUSED), None)
     return f"PEFT takes {found!r} for the experts of this model, which it keeps under {FUSED}" if found else ""
+
+
+def _fused_like_another(kind: str) -> bool:
+    """Whether transformers loads the type's checkpoints by another type's conversion, and that fuses experts."""
+    from transformers import conversion_mapping
+
+    others = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {kind: ""})
+    steps = conversion_mapping.get_checkpoint_conversion_mapping(kind) or []
+    targets = [str(target) for step in steps for target in getattr(step, "target_patterns", None) or ()]
+    return kind in others and any(FUSED in target for target in targets)
 
 
 def _heads(head: Sequence[str], modules: dict[str, nn.Module]) -> list[str] | None:
