@@ -296,6 +296,19 @@ def test_what_peft_takes_for_experts_is_not_written(tmp_path: Path) -> None:
     same(logits_of(peft.PeftModel.from_pretrained(model, tmp_path / "de").eval()), expected)
 
 
+def test_what_peft_would_rename_as_it_loads_is_not_written(tmp_path: Path) -> None:
+    """transformers' pattern `mlp.shared_expert.` for old checkpoints of a type matches the new `mlp.shared_experts`."""
+    from tests.matrix.build import build
+    from tests.matrix.pairs import pairs
+
+    model, _ = build(next(pair for pair in pairs() if (pair.type, pair.head) == ("laguna", "causal")))
+    adapters.attach(model, "lora", name="fr", targets=["*shared_experts.down_proj"])
+    with pytest.raises(adapters.AdapterError, match=r"PEFT renames model\.layers\.1\.mlp\.shared_experts\.down_proj"):
+        adapters.export_peft(model, "fr", tmp_path / "fr")
+    adapters.attach(model, "lora", name="de", targets=["attention.*"])
+    adapters.export_peft(model, "de", tmp_path / "de")
+
+
 def test_shared_experts_that_peft_leaves_alone_are_written(tmp_path: Path) -> None:
     """Qwen2-MoE's own type is none of those whose names PEFT takes for experts."""
     import transformers as hf

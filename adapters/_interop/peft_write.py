@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -65,7 +67,7 @@ def express(
     notes: tuple[str, ...] = ()
     if read and own["lora_dropout"]:
         own, notes = {**own, "lora_dropout": 0.0}, ("PEFT has no dropout beside target_parameters: it is 0 there.",)
-    taken = _taken_for_experts(model, modules, own)
+    taken = _taken_for_experts(model, modules, own) or _renamed(model, weights, own)
     if taken:
         return taken
     saved = _heads(head, modules)
@@ -164,9 +166,39 @@ def _fused_like_another(kind: str) -> bool:
     from transformers import conversion_mapping
 
     others = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {kind: ""})
-    steps = conversion_mapping.get_checkpoint_conversion_mapping(kind) or []
-    targets = [str(target) for step in steps for target in getattr(step, "target_patterns", None) or ()]
-    return kind in others and any(FUSED in target for target in targets)
+    return kind in others and any(FUSED in target for _, targets in _conversions(kind) for target in targets)
+
+
+def _renamed(model: nn.Module, sites: Sequence[WeightSite], own: Mapping[str, Any]) -> str:
+    """Why PEFT would leave tensors out: it renames them as transformers renames those of old checkpoints.
+
+    Some of those patterns match names that are new already, as a dot in one matches every letter.
+    """
+    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    pairs = [(sources[0], targets[0]) for sources, targets in _conversions(kind) if len(sources) == len(targets) == 1]
+    for site in sites if own["peft_type"] == "LORA" else ():
+        key = f"{site.owner}.lora_A.weight"
+        if any(_changes(source, target, key) for source, target in pairs):
+            return f"PEFT renames {site.owner} as it loads it, as transformers does in old checkpoints of this type"
+    return ""
+
+
+def _changes(source: str, target: str, key: str) -> bool:
+    with suppress(re.error):  # of a pattern that is none of a name
+        return re.sub(source, target, key) != key
+    return False
+
+
+def _conversions(kind: str) -> list[tuple[list[str], list[str]]]:
+    """The patterns by which transformers changes the names in the type's checkpoints: old ones, and new ones."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    steps = get_checkpoint_conversion_mapping(kind) or []
+    return [(_words(step, "source_patterns"), _words(step, "target_patterns")) for step in steps]
+
+
+def _words(step: Any, name: str) -> list[str]:
+    return [str(each) for each in getattr(step, name, None) or ()]
 
 
 def _heads(head: Sequence[str], modules: dict[str, nn.Module]) -> list[str] | None:
