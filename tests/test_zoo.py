@@ -334,7 +334,7 @@ def logits_of(model: Any) -> torch.Tensor:
 def test_pefts_own_list_of_these_names_is_the_one_here() -> None:
     from peft.utils import transformers_weight_conversion as theirs
 
-    from adapters._interop.peft_write import FUSED, UNFUSED
+    from adapters._interop.peft_names import FUSED, UNFUSED
 
     mapped = theirs._MOE_TARGET_MODULE_MAPPING
     assert {name for each in mapped.values() for name in each} == set(UNFUSED)

@@ -38,16 +38,10 @@ class NewTokens:
         """A field of the base's file with the new tokens in it."""
         if self.texts is None:
             return value
-        match key:
-            case _ if key == TOKENS:
-                return list(self.texts)
-            case _ if key == KINDS:
-                return list(self.kinds)
-            case _ if key == SCORES:
-                return [*value, *([LAST] * self.added)]
-            case _ if key == f"{architecture}.vocab_size":
-                return len(self.texts)
-        return value
+        if key == SCORES:
+            return [*value, *([LAST] * self.added)]
+        whole = {TOKENS: list(self.texts), KINDS: list(self.kinds), f"{architecture}.vocab_size": len(self.texts)}
+        return whole.get(key, value)
 
 
 def new_tokens(base: GgufFile, rows: int, tokenizer: Any) -> NewTokens:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -18,6 +16,7 @@ from adapters._interop.files import PeftFiles, Stored
 from adapters._interop.folder import PREFIX
 from adapters._interop.layers import PARTS, kind_of, layers_of, stored_shape
 from adapters._interop.parameters import file_keys, parameters_of, stored
+from adapters._interop.peft_names import taken_otherwise
 from adapters._interop.peft_prefix import FLAT, flat, prefix_config
 from adapters._interop.targets import base_modules, shortest
 from adapters.methods.dora import DoRA
@@ -27,7 +26,6 @@ from adapters.methods.prefix import Prefix
 from adapters.methods.qlora import QLoRA
 
 PEFT = "0.21.2"  # whose format this is; said where formats before it differ
-FUSED, UNFUSED = "gate_up_proj", ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 REGISTRY_TYPE = "ADAPTERS"  # the peft_type of what only this library can read
 TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),
@@ -67,7 +65,7 @@ def express(
     notes: tuple[str, ...] = ()
     if read and own["lora_dropout"]:
         own, notes = {**own, "lora_dropout": 0.0}, ("PEFT has no dropout beside target_parameters: it is 0 there.",)
-    taken = _taken_for_experts(model, modules, own) or _renamed(model, weights, own)
+    taken = taken_otherwise(model, own, weights) if own["peft_type"] == "LORA" else ""
     if taken:
         return taken
     saved = _heads(head, modules)
@@ -145,60 +143,6 @@ def _inexpressible(method: LoRA | DoRA | IA3, site: Site, modules: dict[str, nn.
         return "" if alike else f"PEFT computes something else than {method.name!r} does at {site.path}"
     shared = [path for path in site.aliases if isinstance(modules.get(path.rpartition(".")[0]), nn.Linear)]
     return f"{site.path} is also {shared[0]}, and PEFT would adapt only one of the two" if shared else ""
-
-
-def _taken_for_experts(model: nn.Module, modules: Mapping[str, nn.Module], own: Mapping[str, Any]) -> str:
-    """Why PEFT would adapt something else: since 0.19 it takes names of what are experts in checkpoints for experts.
-
-    So it does for types whose experts transformers fuses as it loads them in the way of another type, and whatever else
-    has such a name there: shared experts, dense feed-forwards (PEFT's transformers_weight_conversion.py).
-    """
-    kind = str(getattr(getattr(model, "config", None), "model_type", None))
-    fused = any(path.endswith(f".{FUSED}") for path in parameters_of(modules))
-    if own["peft_type"] != "LORA" or not fused or not _fused_like_another(kind):
-        return ""
-    found = next((name for name in own["target_modules"] if name.rpartition(".")[2] in UNFUSED), None)
-    return f"PEFT takes {found!r} for the experts of this model, which it keeps under {FUSED}" if found else ""
-
-
-def _fused_like_another(kind: str) -> bool:
-    """Whether transformers loads the type's checkpoints by another type's conversion, and that fuses experts."""
-    from transformers import conversion_mapping
-
-    others = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {kind: ""})
-    return kind in others and any(FUSED in target for _, targets in _conversions(kind) for target in targets)
-
-
-def _renamed(model: nn.Module, sites: Sequence[WeightSite], own: Mapping[str, Any]) -> str:
-    """Why PEFT would leave tensors out: it renames them as transformers renames those of old checkpoints.
-
-    Some of those patterns match names that are new already, as a dot in one matches every letter.
-    """
-    kind = str(getattr(getattr(model, "config", None), "model_type", None))
-    pairs = [(sources[0], targets[0]) for sources, targets in _conversions(kind) if len(sources) == len(targets) == 1]
-    for site in sites if own["peft_type"] == "LORA" else ():
-        key = f"{site.owner}.lora_A.weight"
-        if any(_changes(source, target, key) for source, target in pairs):
-            return f"PEFT renames {site.owner} as it loads it, as transformers does in old checkpoints of this type"
-    return ""
-
-
-def _changes(source: str, target: str, key: str) -> bool:
-    with suppress(re.error):  # of a pattern that is none of a name
-        return re.sub(source, target, key) != key
-    return False
-
-
-def _conversions(kind: str) -> list[tuple[list[str], list[str]]]:
-    """The patterns by which transformers changes the names in the type's checkpoints: old ones, and new ones."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    steps = get_checkpoint_conversion_mapping(kind) or []
-    return [(_words(step, "source_patterns"), _words(step, "target_patterns")) for step in steps]
-
-
-def _words(step: Any, name: str) -> list[str]:
-    return [str(each) for each in getattr(step, name, None) or ()]
 
 
 def _heads(head: Sequence[str], modules: dict[str, nn.Module]) -> list[str] | None:

@@ -94,6 +94,11 @@ class Certificate:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
+def usual_limit(dtype: torch.dtype) -> float:
+    """What a merge of this dtype is held to where nobody says otherwise."""
+    return TOLERANCE.get(dtype, 5e-2)
+
+
 def require_near(name: str, error: float, prompts: Sequence[PromptError], limit: float) -> None:
     """Refuses a merge that changes outputs, or the logits of a prompt, by more than the limit; NaN is more."""
     places = [("the outputs", error), *((f"the logits of {each.prompt!r}", each.error) for each in prompts)]

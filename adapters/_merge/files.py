@@ -28,7 +28,7 @@ from adapters._attach.swap import base_class
 from adapters._coded import formats_in
 from adapters._errors import AdapterError
 from adapters._merge.allowed import Merging, mergeable
-from adapters._merge.certificate import TOLERANCE, Certificate, of_little_effect
+from adapters._merge.certificate import Certificate, of_little_effect, usual_limit
 from adapters._merge.exact import Merged, dense_dtype, merge_rows, merged_bias, merged_weight
 from adapters._merge.measure import Adapted, adapted, beside
 from adapters._plan.sizes import bytes_in
@@ -256,7 +256,7 @@ def _compared(
     merged.eval()
     found = beside(merged, before, tokenizer)
     dtype = next(p.dtype for path, p in base_parameters(model).items() if path in predicted)
-    limit = tolerance if tolerance is not None else TOLERANCE.get(dtype, 5e-2)
+    limit = tolerance if tolerance is not None else usual_limit(dtype)
     found.require_within(merging, limit, limit)
     count = len(list(work.glob("model-*.safetensors")))
     how = f"into {count} files in {str(dtype).removeprefix('torch.')}"

@@ -13,7 +13,7 @@ from adapters._attach.swap import base_class
 from adapters._coded import coded_modules, formats_in
 from adapters._fourbit import quantized_stacks, replace_module
 from adapters._merge.allowed import Merging, check_requantize, check_untied, mergeable
-from adapters._merge.certificate import ROUNDED_ACTIVATIONS, TOLERANCE, Certificate, of_little_effect
+from adapters._merge.certificate import ROUNDED_ACTIVATIONS, Certificate, of_little_effect, usual_limit
 from adapters._merge.exact import dense_dtype, merged_parameters
 from adapters._merge.measure import adapted, beside
 from adapters._quantize import dense_module, forget_quantizer, quantize, restore_stacks, settle_stacks
@@ -105,7 +105,7 @@ def _limits(tolerance: float | None, coarsest: torch.dtype, rounded: bool) -> tu
     """How far outputs may be off but for the rounding of activations, and with it."""
     if tolerance is not None:
         return tolerance, tolerance
-    strict = TOLERANCE.get(coarsest, 5e-2)
+    strict = usual_limit(coarsest)
     return strict, max(strict, ROUNDED_ACTIVATIONS) if rounded else strict
 
 

@@ -18,6 +18,7 @@ from adapters._sites import SiteMap
 
 CONFIG, WEIGHTS, RECORD, CARD = "adapter_config.json", "adapter_model.safetensors", "adapter.json", "README.md"
 PARTS = "adapter_parts.json"  # of a composition: what it is made of, in folders below
+LARGEST_CONFIG = 16 << 20  # bytes of an adapter_config.json, or of its like from others
 OWNED = (WEIGHTS, CONFIG, RECORD, CARD, PARTS)
 
 

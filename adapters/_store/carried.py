@@ -29,13 +29,15 @@ def carrying(model: nn.Module, tokenizer: Any) -> Iterator[Bring]:
     """
     undo: list[Callable[[], None]] = []
     brought: dict[str, bool] = {}  # by text, whether it is special
-    scratch = copy.deepcopy(tokenizer)
 
     def bring(bundles: Iterable[Bundle]) -> tuple[str, ...]:
-        held = [bundle for bundle in bundles if bundle.tokens is not None] if scratch is not None else []
-        wanted = _by_number(held)
+        held = [bundle for bundle in bundles if bundle.tokens is not None]
+        if tokenizer is None or not held:
+            return ()
+        scratch = copy.deepcopy(tokenizer)
+        _add(scratch, brought)
+        wanted, known = _by_number(held), scratch.get_vocab()
         plain = {str(text) for bundle in held for text in _listed(bundle.facts.get(PLAIN_TOKENS))}
-        known = scratch.get_vocab() if held else {}
         fresh = {text: text not in plain for text in wanted.values() if text not in known}
         _add(scratch, fresh)
         _require_numbers(scratch, wanted)
@@ -99,7 +101,7 @@ def _rows(model: nn.Module, path: str) -> int:
 
 def _require_numbers(grown: Any, wanted: dict[int, str]) -> None:
     """Refuses a tokenizer in which the adapters' tokens have, or would get, other numbers."""
-    numbers = grown.get_vocab() if wanted else {}
+    numbers = grown.get_vocab()
     for number, text in wanted.items():
         if numbers.get(text) != number:
             raise AdapterError(

@@ -13,7 +13,7 @@ from adapters._interop.hub_folder import HubFiles, is_hub
 from adapters._interop.hub_read import kind_of, understand
 from adapters._sites import SiteMap
 from adapters._store import zipped
-from adapters._store.bundle import CONFIG, Bundle, require_finite
+from adapters._store.bundle import CONFIG, LARGEST_CONFIG, Bundle, require_finite
 from adapters._store.commit import View
 from adapters._store.reports import AdapterInfo
 from adapters._store.weights import parse
@@ -23,7 +23,6 @@ TENSORS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD, HEAD_TENSORS = "head_config.json", ("model_head.safetensors", "pytorch_model_head.bin")
 INTERFACE, FUSION = "adapter_interface.json", "adapter_fusion_config.json"
 NAMES = (*TENSORS, HEAD, *HEAD_TENSORS, INTERFACE)  # beside adapter_config.json
-LARGEST_CONFIG = 16 << 20  # bytes
 
 
 def wrote(view: View) -> bool:

@@ -15,11 +15,20 @@ from adapters._errors import AdapterError, DamagedAdapter
 from adapters._interop.peft_read import parse_config, understand
 from adapters._sites import sites
 from adapters._store import commit, hub, zipped
-from adapters._store.bundle import CONFIG, OWNED, PARTS, RECORD, WEIGHTS, Bundle, require_finite, versions
+from adapters._store.bundle import (
+    CONFIG,
+    LARGEST_CONFIG,
+    OWNED,
+    PARTS,
+    RECORD,
+    WEIGHTS,
+    Bundle,
+    require_finite,
+    versions,
+)
 from adapters._store.record import decode
 from adapters._store.weights import parse
 
-LARGEST_CONFIG = 16 << 20  # bytes
 PICKLED = "adapter_model.bin"  # what PEFT wrote before 0.6, and later where it was asked to
 
 
